@@ -1,0 +1,114 @@
+"""Optimizers and learning-rate schedules for PPO, and which parameters they train.
+
+Why: Adam keeps 8 bytes of state for each parameter, which for a 7B policy is more than the policy. Lion keeps half of that;
+SGD keeps none. A schedule matters more than in supervised training: the policy makes its own data, so a step that is too
+large late in a run is not repaired by the next batch.
+Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), update rule in `lion_update`.
+Differs from the paper in: nothing; from TRL 0.11.4 in: schedules are stepped once per PPO step, whatever the number of
+processes or the accumulation (there, N processes stepped them N times).
+Shapes: every function here works on whole parameters of any shape.
+Copy me: needs torch. Tested by tests/test_optim.py.
+"""
+import math
+
+import torch
+
+OPTIMIZERS = ("adam", "sgd", "lion")
+SCHEDULES = ("constant", "linear", "cosine", "exponential")
+
+
+def trainable_parameters(model):
+    """-> list of the parameters that take a gradient. A frozen one in an optimizer would cost state and do nothing."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("the model has 0 trainable parameters; unfreeze some, or lower num_shared_layers")
+    return parameters
+
+
+def make_optimizer(name, parameters, learning_rate=None):
+    """name: one of OPTIMIZERS. learning_rate None = 1.41e-5, PPOConfig's default; Lion divides that default by 3."""
+    default = 1.41e-5
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=default if learning_rate is None else learning_rate)
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=default if learning_rate is None else learning_rate)
+    if name == "lion":
+        return Lion(parameters, lr=default / 3 if learning_rate is None else learning_rate)
+    raise ValueError(f"optimizer is {name!r}; use one of {', '.join(OPTIMIZERS)}")
+
+
+def make_schedule(name, optimizer, steps, warmup_steps=0):
+    """A torch scheduler, to be stepped once per PPO step. steps, warmup_steps: PPO steps, of the whole run.
+
+    Warm-up rises linearly to the learning rate. Then: constant; linear or cosine down to 0 at `steps`; exponential down to
+    1 % of the learning rate at `steps`.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"lr_scheduler is {name!r}; use one of {', '.join(SCHEDULES)}")
+    if not 0 <= warmup_steps <= steps:
+        raise ValueError(f"warmup_steps ({warmup_steps}) must be between 0 and steps ({steps}); try {steps // 10}")
+
+    def factor(step):
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        done = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))     # share of the decay that is behind us
+        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+                "exponential": 0.01 ** done}[name]
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@torch.no_grad()
+def lion_update(parameter, gradient, momentum, lr, beta1, beta2, weight_decay):
+    """One step of Lion for one parameter, in place (algorithm 2 of the paper; all three tensors have the same shape)."""
+    direction = (momentum * beta1 + gradient * (1 - beta1)).sign_()     # only the sign: every entry moves by exactly lr
+    parameter.mul_(1 - lr * weight_decay)                               # decoupled weight decay, as AdamW's
+    parameter.add_(direction, alpha=-lr)
+    momentum.mul_(beta2).add_(gradient, alpha=1 - beta2)                # after the step, with its own, slower beta
+
+
+class Lion(torch.optim.Optimizer):
+    """EvoLved Sign Momentum. One momentum tensor per parameter: half of Adam's state.
+
+    lr: every entry moves by lr whatever its gradient, so take Adam's divided by 3 to 10. weight_decay: take Adam's times the
+    same number. Not for small batches: the sign of a noisy gradient is noise at full size (section 5 of the paper: 64+).
+    """
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        if not (lr > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):      # `not`, so that NaN is refused
+            raise ValueError(f"Lion needs lr > 0, weight_decay >= 0 and betas in [0, 1), got lr={lr}, "
+                             f"weight_decay={weight_decay} and betas={tuple(betas)}; try lr=1e-4")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                lion_update(parameter, parameter.grad, state["momentum"], group["lr"], *group["betas"], group["weight_decay"])
+        return loss
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    data, target = torch.randn(64, 8), torch.randn(64, 1)
+    for name in OPTIMIZERS:
+        layer = torch.nn.Linear(8, 1)
+        optimizer = make_optimizer(name, trainable_parameters(layer), learning_rate=0.01)
+        schedule = make_schedule("cosine", optimizer, steps=100, warmup_steps=10)
+        for _ in range(100):
+            loss = (layer(data) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
+        print(f"{name:5s} loss {loss:.4f}, {state} bytes of state, last learning rate {optimizer.param_groups[0]['lr']:.1e}")

@@ -1,0 +1,768 @@
+"""Proximal policy optimization for language models: the settings, the maths, and the trainer that joins them.
+
+Why: a reward says how good a whole response was, not which token made it so, and the text that earned it becomes stale with
+the first update. PPO spreads the reward over the tokens by generalised advantage estimation, and clips each update so that
+a few epochs over the same responses stay safe.
+Source: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, arXiv 1506.02438), Ziegler et al. 2019 (PPO for
+language models, arXiv 1909.08593). Names, defaults and statistics are those of TRL 0.11.4's PPOTrainer.
+Differs from TRL 0.11.4 in: the README's list "Differences from TRL 0.11.4"; in short, every mean is over response tokens of
+all processes and of the whole optimizer step, and the distribution that is trained is the one that was sampled.
+Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer to this picture):
+
+      query (Q tokens)   response (R tokens)      padding on the right in training, on the left in generation
+      q q q q          | r0 r1 r2 EOS  .  .
+      logits at column Q-1+t score r_t; values[t] = V(everything before r_t): the same column
+      mask               1  1  1  1   0  0        1 = a token the policy chose, EOS included; made from lengths, never from ids
+      rewards           -k -k -k -k+score         k = kl_coef * kl[t]
+
+    input_ids, attention_mask are (B, T), T = the longest query + response; everything about tokens of the response is (B, R).
+Copy me: the settings and the functions need torch alone; PPOTrainer needs the five files beside this one.
+Tested by tests/test_ppo_core.py and, number by number against TRL, tests/test_golden.py.
+"""
+import logging
+import time
+from dataclasses import dataclass, field
+from typing import Literal, Optional
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def knob(default, help):
+    """A dataclass field whose help text is what `scripts/train.py --help` prints."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PPOConfig:
+    """Settings of PPOTrainer; TRL 0.11.4's names and defaults. Sizes are per process. ValueError on what cannot work."""
+
+    # ---- the run
+    model_name: str = knob("gpt2", "language model to train: a folder or a hub id")
+    reward_model: Optional[str] = knob(None, "text-classification model that scores the responses: a folder or a hub id")
+    seed: int = knob(0, "read by scripts/train.py, before any model is made; the same seed gives the same run")
+    log_with: Optional[Literal["wandb", "tensorboard"]] = knob(None, "also log to: wandb or tensorboard")
+    tracker_project_name: str = knob("plainppo", "project name that the tracker files the run under")
+    # ---- batches, in samples: batch_size = a whole number of (mini_batch_size x gradient_accumulation_steps)
+    batch_size: int = knob(128, "responses per step() and process")
+    mini_batch_size: Optional[int] = knob(None, "responses per forward and backward pass; default: batch_size")
+    gradient_accumulation_steps: int = knob(1, "mini-batches per optimizer step; the result is that of one large mini-batch")
+    ppo_epochs: int = knob(4, "passes over each batch of responses")
+    # ---- optimizer
+    learning_rate: float = knob(1.41e-5, "of the default Adam")
+    max_grad_norm: Optional[float] = knob(None, "clip the gradient's norm to this; default: no clipping")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, a third more time")
+    # ---- the KL penalty, in nats
+    init_kl_coef: float = knob(0.2, "reward lost per nat of KL to the reference, at the start")
+    adap_kl_ctrl: bool = knob(True, "adapt the coefficient so that the KL per response approaches `target`")
+    target: float = knob(6.0, "KL per response, in nats, that the adaptive controller aims at")
+    horizon: float = knob(10000.0, "samples over which the adaptive controller reacts; smaller is faster")
+    kl_penalty: Literal["kl", "abs", "mse", "full"] = knob("kl", "KL per token: log-ratio, its abs, half its square, or exact")
+    # ---- advantages
+    gamma: float = knob(1.0, "discount per token; 1 = none, as responses are short")
+    lam: float = knob(0.95, "GAE's lambda; 1 = Monte Carlo returns, 0 = one-step differences")
+    whiten_rewards: bool = knob(False, "divide rewards by their standard deviation over the batch, before GAE")
+    # ---- the loss
+    cliprange: float = knob(0.2, "the ratio new/old probability is clipped to 1 +- this")
+    cliprange_value: float = knob(0.2, "a new value is clipped to the old one +- this, in units of reward")
+    vf_coef: float = knob(0.1, "weight of the value loss beside the policy loss")
+    ratio_threshold: float = knob(10.0, "skip an optimizer step whose mean ratio exceeds this")
+    early_stopping: bool = knob(False, "end a step's epochs once the policy moved more than 1.5 x target_kl")
+    target_kl: float = knob(1.0, "nats per token, new policy against rollout policy; see early_stopping")
+    # ---- sampling
+    temperature: float = knob(1.0, "divides the logits in the sampler, the policy, the update and the reference alike")
+    # ---- scores, in units of the reward model
+    use_score_scaling: bool = knob(False, "divide scores by the standard deviation of all scores so far")
+    use_score_norm: bool = knob(False, "also subtract their mean; needs use_score_scaling")
+    score_clip: Optional[float] = knob(None, "clip processed scores to +- this; default: no clipping")
+    # ---- memory
+    optimize_device_cache: bool = knob(False, "empty the device's cache between phases: less memory, some time")
+    optimize_cuda_cache: Optional[bool] = knob(None, "older name of optimize_device_cache")
+
+    def __post_init__(self):
+        if self.mini_batch_size is None:
+            self.mini_batch_size = self.batch_size
+        for name in ("batch_size", "mini_batch_size", "gradient_accumulation_steps", "ppo_epochs", "temperature", "cliprange",
+                     "cliprange_value", "target", "horizon", "ratio_threshold", "target_kl", "score_clip", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}; it must be greater than 0")
+        for name, high in (("gamma", 1), ("lam", 1), ("init_kl_coef", float("inf")), ("learning_rate", float("inf")),
+                           ("vf_coef", float("inf"))):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and {high}")
+        if self.log_with not in (None, "wandb", "tensorboard"):
+            raise ValueError(f"log_with is {self.log_with!r}; use 'wandb' or 'tensorboard', or leave it out")
+        if self.batch_size % self.backward_batch_size:
+            suggestion = -(-self.batch_size // self.backward_batch_size) * self.backward_batch_size
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of mini_batch_size ({self.mini_batch_size}) x "
+                             f"gradient_accumulation_steps ({self.gradient_accumulation_steps}); try {suggestion}")
+        if self.kl_penalty not in ("kl", "abs", "mse", "full"):
+            raise ValueError(f"kl_penalty is {self.kl_penalty!r}; use 'kl', 'abs', 'mse' or 'full'")
+        if self.use_score_norm and not self.use_score_scaling:
+            raise ValueError("use_score_norm is on but use_score_scaling is off; the mean is only subtracted together with "
+                             "the scaling, so turn both on")
+        if self.optimize_cuda_cache is not None:
+            if self.optimize_device_cache and not self.optimize_cuda_cache:
+                raise ValueError("optimize_device_cache is True but optimize_cuda_cache, its older name, is False; give one")
+            self.optimize_device_cache = self.optimize_cuda_cache
+
+    @property
+    def backward_batch_size(self):
+        """Responses per optimizer step and process."""
+        return self.mini_batch_size * self.gradient_accumulation_steps
+
+
+# --------------------------------------------------------------------------------------------------- pure functions
+# `reduce` sums a tensor over all processes; the default is one process. Masks are 1 for tokens that count.
+
+
+def one_process(tensor):
+    return tensor
+
+
+def masked_mean(values, mask, reduce=one_process):
+    """Mean of values (B, R) over the tokens of all processes where mask (B, R) is 1; 0 if there is none. -> ()"""
+    total, count = reduce(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
+    return total / count.clamp(min=1)
+
+
+def masked_var(values, mask, reduce=one_process):
+    """Sample variance (n - 1) of values (B, R) over the tokens of all processes; 0 for fewer than two. -> ()"""
+    centered = values - masked_mean(values, mask, reduce)
+    total, count = reduce(torch.stack([(centered.square() * mask).sum(), mask.sum().to(values.dtype)]))
+    return total / (count - 1).clamp(min=1)
+
+
+def masked_whiten(values, mask, shift_mean=True, reduce=one_process):
+    """(B, R) -> (B, R) with variance 1, and mean 0 if shift_mean, over the tokens of all processes.
+
+    Per process it would be a different normalisation on each, and the update would not be that of the large batch.
+    """
+    mean, var = masked_mean(values, mask, reduce), masked_var(values, mask, reduce)
+    whitened = (values - mean) * torch.rsqrt(var + 1e-8)
+    return whitened if shift_mean else whitened + mean
+
+
+def logprobs_from_logits(logits, labels):
+    """log p(label) per token: (B, R, V), (B, R) -> (B, R)."""
+    # gather before subtracting: no second (B, R, V) tensor, as log_softmax would make.
+    return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def entropy_from_logits(logits):
+    """Entropy of each token's distribution, in nats: (B, R, V) -> (B, R)."""
+    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Generalised advantage estimation, equations 11 and 16 of arXiv 1506.02438, from the last token back.
+
+    rewards, values, mask: (B, R) -> advantages (B, R), returns (B, R) = advantages + values, both before whitening.
+    A response ends its episode: the value after its last token is 0. A token masked in the middle counts as value 0, as in TRL.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(rewards)
+    last = torch.zeros_like(rewards[:, 0])                                                      # (B,)
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        last = delta + gamma * lam * last
+        advantages[:, t] = last
+    return advantages, advantages + values
+
+
+def policy_loss(new_logprobs, logprobs, advantages, cliprange):
+    """Clipped surrogate objective, equation 7 of arXiv 1707.06347, per token. All (B, R).
+
+    -> loss (B, R), ratio (B, R), clipped (B, R): 1 where clipping took the gradient away. Mean it over the mask yourself:
+    only the caller knows how many tokens the optimizer step has.
+    """
+    ratio = torch.exp(new_logprobs - logprobs)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    return torch.maximum(unclipped, clipped), ratio, (clipped > unclipped).float()
+
+
+def value_loss(new_values, values, returns, cliprange_value):
+    """Half the squared error, with the new value kept within +- cliprange_value of the old one (as OpenAI's baselines).
+
+    All (B, R) -> loss (B, R), clipped (B, R): 1 where the clipped error was the larger.
+    """
+    near = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
+    unclipped, clipped = (new_values - returns).square(), (near - returns).square()
+    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+
+
+def collate(queries, responses, response_masks, pad_token_id):
+    """Lists of B tensors (Q_i,), (R_i,) -> dict of tensors padded on the right, as drawn at the top of this file.
+
+    input_ids, attention_mask (B, T); positions (B, R): the column that scores each response token; labels (B, R): these
+    tokens; mask (B, R); response_lengths (B,). response_masks: None or a list of (R_i,) that leave tokens out.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    input_ids = pad([torch.cat([q, r]) for q, r in zip(queries, responses)], batch_first=True, padding_value=pad_token_id)
+    device = input_ids.device
+    query_lengths = torch.tensor([len(q) for q in queries], device=device)
+    response_lengths = torch.tensor([len(r) for r in responses], device=device)
+    column = torch.arange(input_ids.shape[1], device=device)                                              # (T,)
+    t = torch.arange(max(1, int(response_lengths.max())), device=device)                                  # (R,)
+    positions = (query_lengths[:, None] - 1 + t).clamp(max=input_ids.shape[1] - 1)                        # (B, R)
+    mask = (t < response_lengths[:, None]).long()
+    if response_masks is not None:
+        kept = pad([(m != 0).long() for m in response_masks], batch_first=True)                           # (B, <= R)
+        mask[:, :kept.shape[1]] *= kept
+    return {"input_ids": input_ids, "positions": positions, "mask": mask, "response_lengths": response_lengths,
+            "attention_mask": (column < (query_lengths + response_lengths)[:, None]).long(),
+            "labels": input_ids.gather(1, (positions + 1).clamp(max=input_ids.shape[1] - 1))}
+
+
+def take(batch, index):
+    """Rows `index` of a dict made by `collate` (and of what was added to it), trimmed to the longest of these rows."""
+    rows = {name: tensor[index] for name, tensor in batch.items()}
+    T, R = int(rows["attention_mask"].sum(1).max()), max(1, int(rows["response_lengths"].max()))
+    width = {"input_ids": T, "attention_mask": T}
+    rows = {name: tensor[:, :width.get(name, R)] if tensor.ndim == 2 else tensor for name, tensor in rows.items()}
+    rows["positions"] = rows["positions"].clamp(max=T - 1)      # of short rows they point into padding, which was trimmed
+    return rows
+
+
+def disable_dropout(model):
+    """Set every dropout rate in `model` to 0, in place; its config, and so what is saved, keeps the old rates.
+
+    With dropout the rollout, the update and the reference would be different networks: a ratio of 1 that is not 1.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            # nn.Dropout's `p`, and the plain numbers that attention functions read: attention_dropout, layerdrop, ...
+            if isinstance(value, float) and ("drop" in name or isinstance(module, torch.nn.Dropout) and name == "p"):
+                setattr(module, name, 0.0)
+
+
+# Everything `update` measures per token, in this order; one row of sums per optimizer step.
+TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/approxkl", "policy/policykl", "policy/clipfrac",
+         "policy/advantages_mean", "policy/ratio_mean", "returns/mean", "returns/square", "val/vpred", "val/error",
+         "val/clipfrac", "val/mean", "val/square")
+
+
+class LengthSampler:
+    """Draws a response length from [min_value, max_value), in tokens, from numpy's global generator."""
+
+    def __init__(self, min_value, max_value):
+        if not 0 < min_value < max_value:
+            raise ValueError(f"LengthSampler({min_value}, {max_value}): the first must be above 0 and below the second")
+        self.values = list(range(min_value, max_value))
+
+    def __call__(self):
+        return int(np.random.choice(self.values))
+
+
+# Settings of `generate` that leave the sampled distribution alone, and the value at which the others do.
+HARMLESS = {"max_new_tokens", "max_length", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache"}
+NEUTRAL = {"do_sample": (True,), "top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None), "typical_p": (1.0, None),
+           "repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None), "num_beams": (1, None),
+           "min_length": (0, -1, None), "min_new_tokens": (None, 0), "num_return_sequences": (1, None),
+           "epsilon_cutoff": (0.0, None), "eta_cutoff": (0.0, None), "bad_words_ids": (None,), "suppress_tokens": (None,),
+           "begin_suppress_tokens": (None,), "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
+           "exponential_decay_length_penalty": (None,), "renormalize_logits": (False, None), "guidance_scale": (1.0, None),
+           "sequence_bias": (None,), "remove_invalid_values": (False, None), "logits_processor": (None,)}
+
+
+def sampling_arguments(temperature, overrides, allow_other_distribution=False):
+    """-> keyword arguments for transformers' `generate` that sample exactly softmax(logits / temperature).
+
+    `generate` fills what is not said from the model's generation_config.json, where many models ship a top_k or a repetition
+    penalty; generate_batch sets that aside, and transformers' own default top_k of 50 is overruled here. What changes the distribution otherwise is a ValueError: tokens would be drawn from one
+    distribution and scored under another, and the policy is then paid for the difference (a negative KL).
+    """
+    arguments = {name: values[0] for name, values in NEUTRAL.items() if values[0] is not None}
+    arguments.update(temperature=temperature, num_return_sequences=1)
+    for name, value in overrides.items():
+        same = name in HARMLESS or (name in NEUTRAL and value in NEUTRAL[name]) or (name, value) == ("temperature", temperature)
+        if same and name not in HARMLESS:
+            continue
+        if not same and not allow_other_distribution:
+            neutral = temperature if name == "temperature" else NEUTRAL.get(name, ("nothing",))[0]
+            where = "; set it in PPOConfig" if name == "temperature" else ""
+            raise ValueError(f"generate(..., {name}={value!r}) would sample from another distribution than the one PPO trains "
+                             f"({name}={neutral!r}){where}; leave it out, or say allow_other_distribution=True to evaluate only")
+        arguments[name] = value
+    return arguments
+
+
+# ------------------------------------------------------------------------------------------------------ the trainer
+
+
+class PPOTrainer:
+    """generate() responses, score them as you like, step() on them.
+
+    config: PPOConfig. model: AutoModelForCausalLMWithValueHead. ref_model: the same class, or None for a frozen copy that
+    shares `num_shared_layers` layers. tokenizer: of the model. dataset: gives `.dataloader`, shuffled, in batches of
+    batch_size through data_collator. optimizer: default Adam over what is trainable. lr_scheduler: stepped once per step().
+    accelerator: from distributed.start; default: a new one.
+    """
+
+    def __init__(self, config=None, model=None, ref_model=None, tokenizer=None, dataset=None, optimizer=None,
+                 data_collator=None, num_shared_layers=None, lr_scheduler=None, accelerator=None):
+        import distributed
+        import optim
+        import reference
+        import rewards
+        check_arguments(config, model, ref_model, tokenizer, num_shared_layers)
+        self.config, self.tokenizer = config, tokenizer
+        self.accelerator = accelerator or distributed.start(log_with=config.log_with)
+        self.reduce = distributed.sum_over_processes(self.accelerator)
+        if ref_model is None:
+            ref_model = reference.create_reference_model(model, num_shared_layers)
+        for each in (model, ref_model):
+            disable_dropout(each)
+        if config.gradient_checkpointing:
+            # Non-reentrant: it also works when the first layers are frozen and their inputs need no gradient.
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has 0 end-of-text tokens, so no response could end; set tokenizer.eos_token")
+        if tokenizer.pad_token is None:
+            logger.warning("the tokenizer has no pad token: using its EOS, %r (padding is masked by length)", tokenizer.eos_token)
+            tokenizer.pad_token = tokenizer.eos_token
+
+        if optimizer is None:
+            optimizer = torch.optim.Adam(optim.trainable_parameters(model), lr=config.learning_rate)
+        check_optimizer(optimizer, lr_scheduler, model)
+        # The scheduler stays out of `prepare`: accelerate's wrapper steps it once per process.
+        self.lr_scheduler = lr_scheduler
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.ref_model = ref_model.to(self.accelerator.device) if not quantized(ref_model) else ref_model
+        self.dataloader = None
+        if dataset is not None:
+            needed = config.batch_size * self.accelerator.num_processes
+            if len(dataset) < needed:
+                raise ValueError(f"the dataset has {len(dataset)} rows but a step takes {needed} (batch_size x processes); "
+                                 "give more rows or a smaller batch_size")
+            loader = torch.utils.data.DataLoader(dataset, batch_size=config.batch_size, shuffle=True, drop_last=True,
+                                                 collate_fn=data_collator)
+            self.dataloader = self.accelerator.prepare(loader)
+
+        controller = rewards.AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+        self.kl_ctl = controller if config.adap_kl_ctrl else rewards.FixedKLController(config.init_kl_coef)
+        self.score_moments = rewards.RunningMoments()
+        if config.log_with is not None:
+            self.accelerator.init_trackers(config.tracker_project_name, config={
+                k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))})
+        self.logged_steps = 0
+        # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
+        self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
+
+    # -------------------------------------------------------------------------------------------- (a) rollout
+
+    @torch.no_grad()
+    def generate(self, query_tensor, length_sampler=None, batch_size=4, return_prompt=True, generate_ref_response=False,
+                 allow_other_distribution=False, **generation_kwargs):
+        """Sample a response to each query. Pure sampling at config.temperature by default.
+
+        query_tensor: (Q,) -> (1, Q + R); or a list of (Q_i,) -> a list of (Q_i + R_i,), each cut after its first EOS.
+        length_sampler: callable that gives max_new_tokens, per batch. batch_size: queries at once. return_prompt=False
+        leaves the prompt out. generate_ref_response=True: -> (responses, responses of the reference).
+        ValueError: settings that would change the distribution (see sampling_arguments), or more tokens than positions.
+        """
+        one = torch.is_tensor(query_tensor)
+        if one and query_tensor.ndim != 1:
+            raise ValueError(f"query_tensor has {query_tensor.ndim} dimensions; give a tensor of shape (Q,) or a list of them")
+        queries = [query_tensor] if one else query_tensor
+        if not all(torch.is_tensor(q) and q.ndim == 1 and len(q) > 0 for q in queries):
+            raise ValueError(f"queries must be tensors of shape (Q,) with at least 1 token each, got {describe(queries)}")
+        arguments = sampling_arguments(self.config.temperature, generation_kwargs, allow_other_distribution)
+        results = []
+        for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
+            responses = []
+            for start in range(0, len(queries), batch_size):
+                if length_sampler is not None:
+                    arguments["max_new_tokens"] = length_sampler()
+                responses += self.generate_batch(model, queries[start:start + batch_size], arguments)
+            whole = [torch.cat([q.to(r.device), r]) if return_prompt else r for q, r in zip(queries, responses)]
+            results.append(whole[0].unsqueeze(0) if one else whole)
+        return tuple(results) if generate_ref_response else results[0]
+
+    def generate_batch(self, model, queries, arguments):
+        """One left-padded batch. queries: list of (Q_i,) -> list of responses (R_i,), EOS included where one was sampled."""
+        from distributed import unwrapped_for_generation
+        from transformers import GenerationConfig
+        longest = max(len(q) for q in queries)
+        self.check_positions(max(longest + arguments.get("max_new_tokens", 0), arguments.get("max_length", 0)), longest)
+        pad = torch.nn.utils.rnn.pad_sequence
+        flipped = pad([q.flip(0) for q in queries], batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(q) for q in queries])
+        attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()                     # (B, Q)
+        arguments = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id, **arguments}
+        device = self.accelerator.device
+        with unwrapped_for_generation(self.accelerator, model) as bare, self.accelerator.autocast():
+            bare.eval()
+            shipped, bare.pretrained_model.generation_config = bare.pretrained_model.generation_config, GenerationConfig()
+            try:
+                tokens = bare.generate(input_ids=flipped.flip(1).to(device), attention_mask=attention_mask.to(device),
+                                       **arguments)
+            finally:
+                bare.pretrained_model.generation_config = shipped
+        responses = tokens[:, longest:]                                                                   # (B, R)
+        stop = torch.as_tensor(arguments["eos_token_id"], device=device).view(-1)
+        ended = torch.isin(responses, stop).long()
+        # The tokens up to the first EOS of the response; one in the prompt is none of our business.
+        lengths = (ended.cumsum(1) - ended == 0).sum(1)                                                   # (B,)
+        return [row[:n] for row, n in zip(responses, lengths.tolist())]
+
+    def check_positions(self, tokens, query_tokens):
+        limit = getattr(self.accelerator.unwrap_model(self.model).config, "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise ValueError(f"a query of {query_tokens} tokens with its response needs {tokens} positions but the model has "
+                             f"{limit}; use at most {max(0, limit - query_tokens)} response tokens or shorter queries")
+
+    # ------------------------------------------------------------------------------------------------- step
+
+    def step(self, queries, responses, scores, response_masks=None):
+        """One PPO step on B = batch_size responses. -> dict of statistics, the README's glossary says what each means.
+
+        queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers or one-number tensors.
+        response_masks: B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say). ValueError on anything else.
+        """
+        from distributed import clear_device_cache
+        from rewards import kl_penalty, process_scores, token_rewards
+        config, device = self.config, self.accelerator.device
+        clock = Clock()
+        raw_scores = self.check_batch(queries, responses, scores, response_masks)                         # (B,)
+        raw_scores = raw_scores.to(device)
+        if config.use_score_scaling:
+            self.score_moments.update(raw_scores, self.reduce)
+        scores = process_scores(raw_scores, self.score_moments if config.use_score_scaling else None,
+                                config.use_score_norm, config.score_clip)
+        queries, responses = [q.to(device) for q in queries], [r.to(device) for r in responses]
+        if response_masks is not None:
+            response_masks = [m.to(device) for m in response_masks]
+        batch = collate(queries, responses, response_masks, self.tokenizer.pad_token_id)
+        mask = batch["mask"]                                                                              # (B, R)
+
+        # (a) rollout: what the policy that chose these tokens, and the reference, thought of them
+        batch["logprobs"], batch["values"], ref_logprobs, kl = self.record(batch)                         # (B, R) each
+        if config.optimize_device_cache:
+            clear_device_cache(device)
+        clock.lap("forward_pass")
+
+        # (c) rewards
+        if config.kl_penalty != "full":
+            kl = kl_penalty(batch["logprobs"], ref_logprobs, config.kl_penalty)
+        rewards, non_score_reward = token_rewards(scores, kl, mask, self.kl_ctl.value)                    # (B, R)
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
+        clock.lap("compute_rewards")
+
+        # (d) advantages
+        advantages, batch["returns"] = gae(rewards, batch["values"], mask, config.gamma, config.lam)      # (B, R)
+        batch["advantages"] = masked_whiten(advantages, mask, reduce=self.reduce)
+        clock.lap("compute_advantages")
+
+        # (e) update
+        sums, ratios = self.update(batch)
+        if config.optimize_device_cache:
+            clear_device_cache(device)
+        clock.lap("optimize_step")
+
+        # (f) book-keeping
+        stats = self.update_stats(sums)
+        stats.update(self.batch_stats(batch, ref_logprobs, kl * mask, non_score_reward, raw_scores, scores, queries, responses))
+        stats["ppo/policy/advantages"] = batch["advantages"][mask.bool()].cpu()
+        stats["ppo/policy/ratio"] = ratios.cpu()
+        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        self.kl_ctl.update(stats["objective/kl"], config.batch_size * self.accelerator.num_processes)
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        clock.lap("calc_stats")
+        return {**stats, **clock.stats()}
+
+    def check_batch(self, queries, responses, scores, response_masks):
+        """Refuse what cannot be trained on, before anything changes. -> scores (B,) float32."""
+        from rewards import check_scores
+        batch_size = self.config.batch_size
+        lists = {"queries": queries, "responses": responses, "response_masks": response_masks}
+        for name, items in lists.items():
+            if items is None and name == "response_masks":
+                continue
+            if not isinstance(items, (list, tuple)) or not all(torch.is_tensor(item) and item.ndim == 1 for item in items):
+                raise ValueError(f"{name} must be a list of tensors of shape (tokens,), got {describe(items)}")
+            if len(items) != batch_size:
+                raise ValueError(f"{name} has {len(items)} samples but batch_size is {batch_size}; they must be equal")
+        if not (isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) > 0) or len(scores) != batch_size:
+            raise ValueError(f"scores must be {batch_size} numbers, one per response (batch_size), got {describe(scores)}")
+        for i, (query, response) in enumerate(zip(queries, responses)):
+            if query.is_floating_point() or response.is_floating_point():
+                raise ValueError(f"sample {i} has floating-point tokens; queries and responses are integer token ids")
+            if len(query) == 0:
+                raise ValueError(f"query {i} has 0 tokens; give at least 1, such as the tokenizer's BOS")
+            if response_masks is not None and len(response_masks[i]) != len(response):
+                raise ValueError(f"response_masks[{i}] has {len(response_masks[i])} entries but response {i} has "
+                                 f"{len(response)} tokens; they must be equal")
+            self.check_positions(len(query) + len(response), len(query))
+        return check_scores(scores)
+
+    def forward(self, model, rows):
+        """-> logprobs (B, R), values (B, R), logits (B, R, V), all at config.temperature. rows: from `take`."""
+        with self.accelerator.autocast():       # the reference too: in another precision it would not be the same model
+            logits, _, values = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"],
+                                      logit_positions=rows["positions"], use_cache=False)
+        if self.config.temperature != 1.0:
+            logits = logits / self.config.temperature
+        return logprobs_from_logits(logits, rows["labels"]), values, logits
+
+    @torch.no_grad()
+    def record(self, batch):
+        """-> logprobs, values, ref_logprobs, full KL (or 0), each (B, R) and 0 outside the mask. Never rebound afterwards."""
+        from rewards import full_kl
+        shape = batch["mask"].shape
+        logprobs, values, ref_logprobs, kl = torch.zeros((4, *shape), device=batch["mask"].device)
+        self.model.eval()
+        for index in torch.arange(shape[0]).split(self.config.mini_batch_size):
+            rows = take(batch, index)
+            mask = rows["mask"]                                                                            # (b, r)
+            new, value, logits = self.forward(self.model, rows)
+            ref, _, ref_logits = self.forward(self.ref_model, rows)
+            logprobs[index, :mask.shape[1]], values[index, :mask.shape[1]] = new * mask, value * mask
+            ref_logprobs[index, :mask.shape[1]] = ref * mask
+            if self.config.kl_penalty == "full":
+                kl[index, :mask.shape[1]] = full_kl(logits, ref_logits) * mask
+            del logits, ref_logits      # (b, r, V) each: not to be kept through the next mini-batch's forward pass
+        return logprobs, values, ref_logprobs, kl
+
+    # ------------------------------------------------------------------------------------------ (e) update
+
+    def update(self, batch):
+        """ppo_epochs passes over the batch. -> sums (optimizer steps, len(TERMS) + 3) over this process, ratios (tokens,)."""
+        self.model.train()      # for gradient checkpointing, which sleeps in eval mode; there is no dropout left to wake
+        sums, ratios = [], []
+        for _ in range(self.config.ppo_epochs):
+            order = torch.from_numpy(np.random.permutation(self.config.batch_size))
+            for index in order.split(self.config.backward_batch_size):
+                row, ratio = self.optimizer_step(batch, index, first=not sums)
+                sums.append(row)
+                ratios.append(ratio)
+            if self.config.early_stopping:
+                moved = self.reduce(sums[-1])
+                # policykl of the epoch's last optimizer step, over all processes: all stop or none does
+                if moved[TERMS.index("policy/policykl")] / moved[-3].clamp(min=1) > 1.5 * self.config.target_kl:
+                    break
+        return torch.stack(sums), torch.cat(ratios)
+
+    def optimizer_step(self, batch, index, first):
+        """One optimizer step on rows `index`, in mini-batches. -> this process's sums (len(TERMS) + 3,), ratios (tokens,).
+
+        The three extra sums: tokens, 1 if skipped, the gradient's norm (on the main process only, as sums are added up).
+        """
+        from distributed import accumulate
+        processes = self.accelerator.num_processes
+        # The loss is a mean over the tokens of the whole optimizer step and of all processes. A mean of the mini-batches' means
+        # would weigh a token in a short mini-batch more: with ragged responses the update was off by 25 %.
+        tokens = self.reduce(batch["mask"][index].sum().float())
+        sums, ratios = torch.zeros(len(TERMS), dtype=torch.float64, device=tokens.device), []
+        parts = index.split(self.config.mini_batch_size)
+        for number, part in enumerate(parts):
+            rows = take(batch, part)
+            with accumulate(self.accelerator, self.model, last=number == len(parts) - 1):
+                loss, terms, ratio = self.minibatch_loss(rows, first=first and number == 0)
+                # times `processes`, because gradients are averaged over them and `tokens` already counts all
+                self.accelerator.backward(loss / tokens.clamp(min=1) * processes)
+            sums += terms
+            ratios.append(ratio)
+        ratio_sum = self.reduce(sums[TERMS.index("policy/ratio_mean")].clone())
+        skip = not (tokens > 0 and ratio_sum / tokens <= self.config.ratio_threshold)      # `not <=`: NaN is skipped too
+        norm = 0.0
+        if not skip:    # a skipped step leaves weights and optimizer state as they were; a zero gradient would not
+            norm = self.clip_gradients()
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        own = batch["mask"][index].sum()
+        main = float(self.accelerator.is_main_process)
+        return torch.cat([sums, torch.tensor([own, skip * main, norm * main], dtype=torch.float64, device=sums.device)]), \
+            torch.cat(ratios)
+
+    def minibatch_loss(self, rows, first):
+        """-> loss (): summed over tokens, terms (len(TERMS),): sums for the statistics, ratios (tokens,)."""
+        config, mask = self.config, rows["mask"]                                                          # (b, r)
+        new_logprobs, new_values, logits = self.forward(self.model, rows)
+        log_ratio = (new_logprobs - rows["logprobs"]) * mask
+        if first:
+            self.check_ratio(log_ratio)
+        pg_loss, ratio, clipped = policy_loss(rows["logprobs"] + log_ratio, rows["logprobs"], rows["advantages"],
+                                              config.cliprange)
+        vf_loss, vf_clipped = value_loss(new_values, rows["values"], rows["returns"], config.cliprange_value)
+        loss = ((pg_loss + config.vf_coef * vf_loss) * mask).sum()
+        with torch.no_grad():
+            terms = (pg_loss, vf_loss, entropy_from_logits(logits), 0.5 * log_ratio.square(), -log_ratio, clipped,
+                     rows["advantages"], ratio, rows["returns"], rows["returns"].square(), new_values,
+                     (new_values - rows["returns"]).square(), vf_clipped, rows["values"], rows["values"].square())
+            sums = torch.stack([(term.double() * mask).sum() for term in terms])
+        return loss, sums, ratio.detach()[mask.bool()]
+
+    def check_ratio(self, log_ratio):
+        """Nothing has been updated yet, so new and recorded log-probs are those of one network: the ratio must be 1."""
+        difference, tolerance = log_ratio.detach().abs(), 1e-3 if self.exact else 0.1
+        worst = float(difference.max() if self.exact else difference.mean())
+        bad = self.reduce(torch.tensor(0.0 if worst <= tolerance else 1.0, device=log_ratio.device))    # all ranks stop, or none
+        if bad > 0:
+            raise RuntimeError(
+                f"the ratio is not 1 before the first update: log-probs differ by {worst:.3g} nats here, {tolerance} is "
+                "allowed. Usual causes: a layer that behaves differently in train and eval mode (dropout under another name, "
+                "batch norm), weights changed between generate() and step(), or a model that ignores position_ids or the mask")
+
+    def clip_gradients(self):
+        """-> the gradient's norm before clipping. A list, not an iterator: that would be empty from the second step on."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        limit = self.config.max_grad_norm
+        return float(self.accelerator.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
+
+    # ------------------------------------------------------------------------------------ (f) book-keeping
+
+    def update_stats(self, sums):
+        """Sums per optimizer step (n, len(TERMS) + 3) -> statistics: token means over all processes, then means over steps."""
+        sums = self.reduce(sums)
+        tokens = sums[:, -3:-2]                                                                           # (n, 1)
+        mean = dict(zip(TERMS, (sums[:, :-3] / tokens.clamp(min=1)).unbind(1)))                           # each (n,)
+        bessel = (tokens / (tokens - 1).clamp(min=1)).squeeze(1)
+        mean["returns/var"] = (mean.pop("returns/square") - mean["returns/mean"].square()) * bessel
+        mean["val/var"] = (mean.pop("val/square") - mean["val/mean"].square()) * bessel
+        mean["loss/total"] = mean["loss/policy"] + self.config.vf_coef * mean["loss/value"]
+        stats = {f"ppo/{name}": float(value.mean()) for name, value in mean.items()}
+        variance = stats["ppo/returns/var"]
+        # 1 - error / variance: 1 = the values foretell the returns, 0 = no better than their mean
+        stats["ppo/val/var_explained"] = 1 - stats["ppo/val/error"] / variance if variance > 0 else 0.0
+        stats["ppo/skipped_steps"] = float(sums[:, -2].sum())
+        stats["ppo/optimizer_steps"] = float(len(sums))
+        stats["ppo/grad_norm"] = float(sums[:, -1].mean())
+        return stats
+
+    def batch_stats(self, batch, ref_logprobs, kl, non_score_reward, raw_scores, scores, queries, responses):
+        """Statistics of the responses, over all processes. kl: (B, R), 0 outside the mask."""
+        from distributed import gather_lists
+        mask = batch["mask"]
+        query_lengths = torch.tensor([float(len(q)) for q in queries], device=kl.device)                  # (B,)
+        response_lengths = batch["response_lengths"].float()
+        per_response = {"objective/kl": kl.sum(1), "objective/entropy": -batch["logprobs"].sum(1), "ppo/mean_scores": scores,
+                        "ppo/mean_raw_scores": raw_scores, "tokens/queries_len_mean": query_lengths,
+                        "tokens/responses_len_mean": response_lengths}                                    # each (B,)
+        ones = torch.ones_like(scores)
+        stats = {name: float(masked_mean(value.float(), ones, self.reduce)) for name, value in per_response.items()}
+        for name, value in (("ppo/std_scores", scores), ("ppo/std_raw_scores", raw_scores),
+                            ("tokens/queries_len_std", query_lengths), ("tokens/responses_len_std", response_lengths)):
+            stats[name] = float(masked_var(value, ones, self.reduce).sqrt())
+        stats["objective/kl_coef"] = self.kl_ctl.value
+        stats["ppo/mean_non_score_reward"] = float(masked_mean(non_score_reward, mask, self.reduce))
+        for name, value in (("objective/kl_dist", kl.sum(1)), ("tokens/queries_dist", query_lengths),
+                            ("tokens/responses_dist", response_lengths)):
+            stats[name] = torch.tensor(gather_lists(self.accelerator, value.tolist()))
+        stats["objective/logprobs"], stats["objective/ref_logprobs"] = batch["logprobs"].cpu(), ref_logprobs.cpu()
+        if stats["objective/kl"] < -1.0:
+            logger.warning("the KL to the reference is %.2f, below 0: the policy is paid for being unlike its samples; look for a "
+                           "sampler that differs from the policy", stats["objective/kl"])
+        return stats
+
+    def log_stats(self, stats, batch, rewards, columns_to_log=("query", "response")):
+        """Send a step's statistics to the tracker named by log_with, and to wandb a table of texts and rewards as well.
+
+        batch: {"query": texts, "response": texts}, of this process; rewards: B numbers.
+        """
+        from distributed import gather_lists
+        if self.config.log_with is None:
+            return
+        rewards = gather_lists(self.accelerator, [float(r) for r in rewards])
+        logs = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
+        logs["env/reward_mean"], logs["env/reward_std"] = float(np.mean(rewards)), float(np.std(rewards))
+        if self.config.log_with == "wandb":
+            import wandb
+            columns = [gather_lists(self.accelerator, batch[name]) for name in columns_to_log]
+            logs["game_log"] = wandb.Table(columns=[*columns_to_log, "reward"], data=list(zip(*columns, rewards)))
+        self.logged_steps += 1
+        self.accelerator.log(logs, step=self.logged_steps)
+
+    def save_pretrained(self, folder):
+        """The policy with its value head and the tokenizer, loadable by from_pretrained. Written by the main process."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.is_main_process:
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+
+class Clock:
+    """Seconds between laps, under TRL's names; the letters of the phases are those of scripts/train.py."""
+
+    def __init__(self):
+        self.start = self.last = time.perf_counter()
+        self.laps = {}
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.laps[f"time/ppo/{name}"], self.last = now - self.last, now
+
+    def stats(self):
+        return {**self.laps, "time/ppo/total": time.perf_counter() - self.start}
+
+
+def quantized(model):
+    """True for a model loaded in 8 or 4 bits, which must be neither moved nor wrapped."""
+    return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
+
+
+def describe(items):
+    if not isinstance(items, (list, tuple)):
+        shape = f" of shape {tuple(items.shape)}" if torch.is_tensor(items) else ""
+        return f"a {type(items).__name__}{shape}"
+    kinds = sorted({f"tensor of shape {tuple(i.shape)}" if torch.is_tensor(i) else type(i).__name__ for i in items})
+    return f"a {type(items).__name__} of {len(items)}: {', '.join(kinds[:3])}"
+
+
+def check_arguments(config, model, ref_model, tokenizer, num_shared_layers):
+    """The constructor's arguments, in the order in which they are given."""
+    from transformers import PreTrainedTokenizerBase
+    from value_head import AutoModelForCausalLMWithValueHead
+    if not isinstance(config, PPOConfig):
+        raise ValueError(f"config is a {type(config).__name__}; give a PPOConfig")
+    for name, each in (("model", model), ("ref_model", ref_model)):
+        if not isinstance(each, AutoModelForCausalLMWithValueHead) and not (name == "ref_model" and each is None):
+            raise ValueError(f"{name} is a {type(each).__name__}; wrap it with "
+                             "AutoModelForCausalLMWithValueHead.from_pretrained(...)")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; give the model's own, from AutoTokenizer.from_pretrained")
+    if ref_model is not None and num_shared_layers is not None:
+        raise ValueError(f"num_shared_layers is {num_shared_layers} but a ref_model is given; leave one of them out, or make the "
+                         "reference with create_reference_model(model, num_shared_layers)")
+
+
+def check_optimizer(optimizer, lr_scheduler, model):
+    own = {id(p) for p in model.parameters()}
+    strangers = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if strangers:
+        raise ValueError(f"{strangers} of the optimizer's parameters are not the model's; build it over model.parameters()")
+    if lr_scheduler is None:
+        return
+    if not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise ValueError(f"lr_scheduler is a {type(lr_scheduler).__name__}; give one from torch.optim.lr_scheduler")
+    if lr_scheduler.optimizer is not optimizer:
+        raise ValueError("the lr_scheduler was built over another optimizer than the one passed; build it over that one")
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])                                                     # (2, 4)
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, -1.0, 0.0, 0.0]])
+    advantages, returns = gae(rewards, torch.zeros(2, 4), mask, gamma=1.0, lam=0.95)
+    print("advantages\n", advantages.numpy().round(3))
+    white = masked_whiten(advantages, mask)
+    logits = torch.randn(2, 4, 9, requires_grad=True)
+    labels = torch.randint(0, 9, (2, 4))
+    old = logprobs_from_logits(logits, labels).detach()                                                   # (2, 4)
+    for step in range(3):
+        loss, ratio, clipped = policy_loss(logprobs_from_logits(logits, labels), old, white, cliprange=0.2)
+        total = masked_mean(loss, mask)
+        gradient, = torch.autograd.grad(total, logits)
+        logits = (logits - 5.0 * gradient).detach().requires_grad_()
+        print(f"step {step}: loss {total:+.4f}, mean ratio {masked_mean(ratio, mask):.3f}, "
+              f"clipped {masked_mean(clipped, mask):.0%}, entropy {entropy_from_logits(logits).mean():.3f} nats")

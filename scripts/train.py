@@ -1,0 +1,342 @@
+"""Train a language model by PPO so that its text pleases a reward model. The story, top to bottom.
+
+    python scripts/train.py                                          # the review writer, on a CPU or one GPU: make train
+    accelerate launch --num_processes 4 scripts/train.py             # N GPUs
+    torchrun --nproc_per_node 2 scripts/train.py --cpu               # N processes on a CPU
+    python scripts/train.py --model_name ./my-model --reward_model ./my-classifier --prompts prompts.txt
+    python scripts/train.py --reward_fn my_reward.py:score           # def score(prompts, responses) -> list of floats
+
+What you should see: a plan, one line per step with a score that rises while the KL stays in the tens at most, then the score
+on prompts held out from training, before and after. What it leaves in runs/<name>/:
+    config.json     every setting, and the versions of the libraries
+    metrics.jsonl   one line per step: every statistic but the per-token ones; the README's glossary says what each means
+    curves.png      score, KL, entropy, losses
+    samples.md      the same 16 held-out prompts answered before and after, with scores
+    final/          the trained policy with its value head, for from_pretrained; plain transformers loads it too
+"""
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import accelerate
+import torch
+import transformers
+from transformers import AutoTokenizer, HfArgumentParser
+
+import distributed
+import optim
+import reference
+import rewards
+from ppo_core import PPOConfig, PPOTrainer, knob
+from value_head import AutoModelForCausalLMWithValueHead
+
+
+@dataclass
+class RunConfig(PPOConfig):
+    """Every PPOConfig field, with defaults that suit the small review model on a CPU, and what only a script needs."""
+
+    model_name: str = knob("assets/review-lm", "language model to train: a folder or a hub id")
+    reward_model: Optional[str] = knob("assets/review-sentiment", "text-classification model whose P(POSITIVE), or P(last "
+                                                                  "label), is the score: a folder or a hub id")
+    batch_size: int = knob(64, "responses per step and process")
+    mini_batch_size: Optional[int] = knob(None, "responses per forward and backward pass and process; default: the largest divisor "
+                                                "of batch_size up to 32")
+    ppo_epochs: int = knob(2, "passes over each batch of responses")
+    learning_rate: Optional[float] = knob(None, "of the optimizer; default: 4e-4, which suits a small model, and a third for lion")
+    init_kl_coef: float = knob(0.01, "reward lost per nat of KL to the reference, at the start")
+    # ---- the script's own
+    steps: int = knob(80, "PPO steps; each is one batch of responses")
+    output_dir: Optional[str] = knob(None, "folder for the run; default: runs/<model>-<first free number>")
+    prompts: str = knob("assets/review-prompts.txt", "text file, one prompt per line")
+    eval_prompts: int = knob(200, "last prompts of the file, kept from training and answered before and after")
+    max_new_tokens: int = knob(24, "longest response, in tokens; shorter where the model ends it with EOS")
+    reward_fn: Optional[str] = knob(None, "path/to/file.py:function, (prompts, responses) -> list of floats; instead of "
+                                          "reward_model")
+    optimizer: Literal["adam", "sgd", "lion"] = knob("adam", "adam, sgd or lion")
+    lr_scheduler: Literal["constant", "linear", "cosine", "exponential"] = knob("cosine", "of the learning rate, over `steps`")
+    warmup_steps: int = knob(0, "steps over which the learning rate rises to its value")
+    num_shared_layers: Optional[int] = knob(None, "first layers that policy and reference share, frozen; default: none")
+    cpu: bool = knob(False, "stay on the CPU where there is a GPU")
+
+    def __post_init__(self):
+        if self.learning_rate is None:
+            self.learning_rate = 4e-4 / (3 if self.optimizer == "lion" else 1)
+        if self.mini_batch_size is None and self.batch_size > 0:
+            per_step = max(1, self.batch_size // self.gradient_accumulation_steps)
+            self.mini_batch_size = max(n for n in range(1, min(32, per_step) + 1) if per_step % n == 0)
+        super().__post_init__()
+        for name in ("steps", "max_new_tokens", "eval_prompts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def main(arguments=None):
+    # ------------------------------------------------------------------------------------------------ config
+    config, = HfArgumentParser(RunConfig, description=__doc__, formatter_class=Help).parse_args_into_dataclasses(arguments)
+    transformers.utils.logging.disable_progress_bar()      # its bars for loading and saving would cut through ours
+
+    # ----------------------------------------------------------------------------------------------- machine
+    accelerator = distributed.start(log_with=config.log_with, project_dir="runs", cpu=config.cpu)
+    run = RunFolder(config, accelerator)
+    accelerator.project_configuration.logging_dir = str(run.folder)
+    distributed.seed_everything(config.seed)
+
+    # ------------------------------------------------------------------------------------------------ models
+    model_path = find(config.model_name)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(model_path, v_head_init_strategy="zero")
+    tokenizer = load_tokenizer(model_path)
+    ref_model = reference.create_reference_model(model, config.num_shared_layers)
+
+    # --------------------------------------------------------------------------------------------- optimizer
+    optimizer = optim.make_optimizer(config.optimizer, optim.trainable_parameters(model), config.learning_rate)
+    lr_scheduler = optim.make_schedule(config.lr_scheduler, optimizer, config.steps, config.warmup_steps)
+
+    # ------------------------------------------------------------------------------------------------ reward
+    if config.reward_fn is not None:
+        reward = rewards.load_reward_fn(config.reward_fn)
+    else:
+        reward = rewards.load_reward_model(find(config.reward_model), accelerator.device)
+
+    # ----------------------------------------------------------------------------------------------- prompts
+    train_prompts, eval_prompts = load_prompts(config, tokenizer, accelerator.num_processes)
+
+    # -------------------------------------------------------------------------------------------------- loop
+    trainer = PPOTrainer(config, model, ref_model, tokenizer, dataset=train_prompts, optimizer=optimizer,
+                         data_collator=list, lr_scheduler=lr_scheduler, accelerator=accelerator)
+    longest = max(len(prompt["tokens"]) for prompt in train_prompts + eval_prompts)
+    trainer.check_positions(longest + config.max_new_tokens, longest)      # now, not after an hour
+    run.say(plan(config, accelerator, model, ref_model))
+    before = evaluate(trainer, reward, eval_prompts)
+    run.say(f"before: {before}")
+    distributed.seed_everything(config.seed, rank=accelerator.process_index)
+
+    batches = forever(trainer.dataloader)
+    for step in range(1, config.steps + 1):
+        started = time.perf_counter()
+        prompts = next(batches)
+        queries = [prompt["tokens"] for prompt in prompts]
+        # (a) rollout: sample a response to each prompt
+        responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
+        rolled_out = time.perf_counter()
+        # (b) score: one number per response
+        texts = decode_responses(tokenizer, queries, responses)
+        scores = rewards.score_texts(reward, [prompt["text"] for prompt in prompts], texts)
+        scored = time.perf_counter()
+        # (c) rewards, (d) advantages, (e) update: PPOTrainer.step, where the same letters stand
+        stats = trainer.step(queries, responses, scores)
+        # (f) book-keeping
+        stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
+        trainer.log_stats(stats, {"query": [p["text"] for p in prompts], "response": texts}, scores)
+        run.record(step, stats, time.perf_counter() - started)
+
+    # ---------------------------------------------------------------------------------------- before / after
+    after = evaluate(trainer, reward, eval_prompts)
+    trainer.save_pretrained(run.folder / "final")
+    accelerator.end_training()
+    run.finish(before, after)
+
+
+# ------------------------------------------------------------------------------------------------ what main() calls
+
+
+def find(name):
+    """A path as given; or, if there is none from here, below the project's own folder; or a hub id, left as it is."""
+    return str(ROOT / name) if not os.path.exists(name) and (ROOT / name).exists() else name
+
+
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The manual above as it is written, and each flag with its default."""
+
+
+def load_tokenizer(path):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if not tokenizer("a").input_ids:
+        raise ValueError(f"{path} has no usable tokenizer: it makes 0 tokens of 'a'; save the model's tokenizer beside its weights")
+    return tokenizer
+
+
+def decode_responses(tokenizer, queries, responses):
+    """Texts of the responses as they follow their queries; decoded alone, some tokenizers drop the first space."""
+    both = tokenizer.batch_decode([torch.cat([q, r.to(q.device)]) for q, r in zip(queries, responses)], skip_special_tokens=True)
+    return [text[len(query):] for text, query in zip(both, tokenizer.batch_decode(queries, skip_special_tokens=True))]
+
+
+def load_prompts(config, tokenizer, num_processes):
+    """-> two lists of {"text", "tokens" (Q,)}: to train on, and to judge by (the last `eval_prompts` of the file)."""
+    path = find(config.prompts)
+    if not os.path.isfile(path):
+        raise ValueError(f"prompts names {config.prompts!r}, which is not a file; give a text file with one prompt per line")
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    # A repeated line counts once, or a prompt that is trained on could stand among those it is judged by.
+    prompts = [{"text": line, "tokens": torch.tensor(tokenizer(line).input_ids)} for line in dict.fromkeys(lines) if line]
+    needed, kept = config.batch_size * num_processes, config.eval_prompts
+    if len(prompts) < needed + kept:
+        raise ValueError(f"{config.prompts} has {len(prompts)} different prompts but a step takes {needed} (batch_size x processes) "
+                         f"and {kept} are kept for evaluation; use a smaller --eval_prompts and --batch_size, or more prompts")
+    return prompts[:-kept], prompts[-kept:]
+
+
+def forever(loader):
+    """Batches without end; the loader shuffles anew at each pass."""
+    while True:
+        yield from loader
+
+
+@dataclass
+class Evaluation:
+    """What the policy writes to the held-out prompts, at fixed random numbers."""
+    prompts: list
+    responses: list
+    scores: list
+
+    @property
+    def score(self):
+        return sum(self.scores) / len(self.scores)
+
+    @property
+    def distinct_bigrams(self):
+        """Different pairs of neighbouring words / all pairs, over all responses: low when they all say the same."""
+        pairs = [pair for text in self.responses for pair in zip(text.split(), text.split()[1:])]
+        return len(set(pairs)) / max(1, len(pairs))
+
+    def __str__(self):
+        return (f"mean score {self.score:.3f} on {len(self.scores)} held-out prompts, "
+                f"distinct bigrams {self.distinct_bigrams:.2f}")
+
+
+def evaluate(trainer, reward, prompts):
+    """-> Evaluation. Its random numbers are its own, so that training is the same with and without it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        responses = trainer.generate([p["tokens"] for p in prompts], batch_size=100, return_prompt=False,
+                                     max_new_tokens=trainer.config.max_new_tokens)
+    texts = decode_responses(trainer.tokenizer, [p["tokens"] for p in prompts], responses)
+    return Evaluation([p["text"] for p in prompts], texts, rewards.score_texts(reward, [p["text"] for p in prompts], texts))
+
+
+def plan(config, accelerator, model, ref_model):
+    """What is about to happen, in words and numbers, before the first step costs anything."""
+    processes, per_step = accelerator.num_processes, config.batch_size // config.backward_batch_size
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    shared = reference.shared_bytes(model, ref_model)
+    weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in ref_model.parameters()) - shared
+    state = {"adam": 2, "lion": 1, "sgd": 0}[config.optimizer] * 4 * trained
+    vocabulary = model.pretrained_model.get_output_embeddings().out_features
+    # logits, their gradient, and two temporaries of softmax, float32
+    logits = 4 * 4 * config.mini_batch_size * config.max_new_tokens * vocabulary
+    total = weights + 4 * trained + state + logits
+    return "\n".join([
+        f"batch      {config.batch_size} responses a step" + (f" on each of {processes} processes" if processes > 1 else "") +
+        f", {config.ppo_epochs} epochs of {per_step} optimizer step(s), each over {config.gradient_accumulation_steps} "
+        f"mini-batch(es) of {config.mini_batch_size}; {config.steps} steps = {config.steps * config.batch_size * processes} responses",
+        f"parameters {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; reference shares {shared / 1e6:.1f} MB",
+        f"memory     about {total / 1e6:.0f} MB on {accelerator.device} beside activations and the reward model: weights {weights / 1e6:.0f}, gradients "
+        f"{4 * trained / 1e6:.0f}, optimizer {state / 1e6:.0f}, logits of a mini-batch {logits / 1e6:.0f}"])
+
+
+class RunFolder:
+    """runs/<name>/: made before anything is computed, filled as the run goes. Only the main process writes and prints."""
+
+    def __init__(self, config, accelerator):
+        self.main, self.started, self.steps = accelerator.is_main_process, time.perf_counter(), config.steps
+        self.seconds = 0.0              # spent in steps
+        folder = config.output_dir or next(
+            name for name in (f"runs/{Path(config.model_name).name}-{n}" for n in range(1, 10 ** 6)) if not os.path.exists(name))
+        # every process must see the same free number, so the main one decides
+        self.folder = Path(accelerate.utils.broadcast_object_list([folder])[0])
+        if not unused(self.folder):
+            raise ValueError(f"{self.folder} already has a run or other files; choose another --output_dir or move it away")
+        accelerator.wait_for_everyone()
+        if self.main:
+            versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
+                self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+            except OSError as error:
+                raise ValueError(f"cannot write to the run folder {self.folder}: {error.strerror}; "
+                                 "choose another --output_dir") from error
+
+    def say(self, text):
+        if self.main:
+            print(text, flush=True)
+
+    def record(self, step, stats, seconds):
+        """One line of metrics.jsonl, and one for the person who waits."""
+        if not self.main:
+            return
+        flat = {k: v.tolist() if torch.is_tensor(v) else v for k, v in stats.items() if not torch.is_tensor(v) or "_dist" in k}
+        self.metrics.write(json.dumps({"step": step, **flat}) + "\n")
+        self.metrics.flush()
+        self.seconds += seconds
+        left = int(self.seconds / step * (self.steps - step))
+        tokens = sum(stats["tokens/responses_dist"].tolist())
+        self.say(f"step {step:4d}/{self.steps}  score {stats['ppo/mean_raw_scores']:6.3f}  KL {stats['objective/kl']:6.2f}  "
+                 f"KL coef {stats['objective/kl_coef']:.4f}  length {stats['tokens/responses_len_mean']:5.1f}  "
+                 f"{tokens / seconds:5.0f} tokens/s  {left // 60:3d}:{left % 60:02d} left")
+
+    def finish(self, before, after):
+        if not self.main:
+            return
+        self.metrics.close()
+        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
+        draw_curves(rows, self.folder / "curves.png")
+        write_samples(before, after, self.folder / "samples.md")
+        self.say(f"before: {before}\nafter:  {after}, KL {rows[-1]['objective/kl']:.2f} nats\n"
+                 f"{time.perf_counter() - self.started:.0f} s; the model is in {self.folder / 'final'}, "
+                 f"see also {self.folder / 'curves.png'} and samples.md")
+
+
+def unused(folder):
+    """True for a folder that does not exist, is empty, or was begun by a run that ended before its first step."""
+    files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+    begun = set(files) == {"config.json", "metrics.jsonl"} and files["metrics.jsonl"].stat().st_size == 0
+    return begun or not files
+
+
+def draw_curves(rows, path):
+    """rows: the lines of metrics.jsonl as dicts -> a picture of four panels."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    panels = (("score", ["ppo/mean_raw_scores"]), ("KL to the reference (nats per response)", ["objective/kl"]),
+              ("entropy (nats per token)", ["ppo/policy/entropy"]), ("losses", ["ppo/loss/policy", "ppo/loss/value"]))
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+    for axis, (title, names) in zip(axes.flat, panels):
+        for name in names:
+            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    for axis in axes[1]:
+        axis.set_xlabel("PPO step")
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def write_samples(before, after, path, count=16):
+    """The same prompts before and after; the prompt in bold, the response after it."""
+    lines = [f"# Samples\n\nMean score on {len(before.scores)} held-out prompts: {before.score:.3f} before, {after.score:.3f} after.\n",
+             "| | score | text |", "|---|---|---|"]
+    for i in range(min(count, len(before.prompts))):
+        for name, side in (("before", before), ("after", after)):
+            text = f"**{side.prompts[i]}**{side.responses[i]}".replace("|", "\\|").replace("\n", " ")
+            lines.append(f"| {name} | {side.scores[i]:.2f} | {text} |")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:      # what a person can mend is said in one sentence, without a traceback
+        sys.exit(f"error: {error}")

@@ -1,0 +1,12 @@
+"""Every test runs on the modules of this checkout, offline and on the CPU."""
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "scripts"))
+# The numbers in the tests are a CPU's, also on a machine with a GPU.
+os.environ["ACCELERATE_USE_CPU"], os.environ["CUDA_VISIBLE_DEVICES"] = "true", ""
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,230 @@
+"""scripts/train.py as a person runs it: on the committed models, with its files, its --help and its refusals."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import train
+from value_head import AutoModelForCausalLMWithValueHead
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--cpu", "--steps", "2", "--batch_size", "8", "--mini_batch_size", "4", "--ppo_epochs", "1", "--max_new_tokens", "6",
+         "--eval_prompts", "20"]
+
+
+def script(*arguments, cwd=ROOT):
+    return subprocess.run([sys.executable, str(ROOT / "scripts" / "train.py"), *arguments], cwd=cwd, capture_output=True,
+                          text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One small run in a process of its own. -> its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    done = script(*SMALL, "--output_dir", str(folder), "--seed", "3", "--log_with", "tensorboard", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+def test_a_run_prints_a_plan_a_line_per_step_and_before_and_after(run):
+    _, out = run
+    lines = out.splitlines()
+    assert lines[0].startswith("batch      8 responses a step, 1 epochs of 2 optimizer step(s)") and "= 16 responses" in lines[0]
+    assert lines[1].startswith("parameters 4.24 M trained, 0.00 M frozen") and lines[2].startswith("memory     about ")
+    steps = [line for line in lines if line.startswith("step ")]
+    assert len(steps) == 2
+    for word in ("score", "KL", "KL coef", "length", "tokens/s", "left"):
+        assert all(word in line for line in steps)
+    assert out.count("before: mean score") == 2 and out.count("after:  mean score") == 1 and "on 20 held-out prompts" in out
+
+
+def test_a_run_leaves_its_settings_and_every_statistic_of_every_step(run):
+    folder, _ = run
+    config = json.loads((folder / "config.json").read_text())
+    assert config["seed"] == 3 and config["versions"]["torch"] == torch.__version__
+    assert {f.name for f in dataclasses.fields(train.RunConfig)} <= set(config)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    glossary = (ROOT / "README.md").read_text()
+    for key in rows[0]:
+        if key != "step":
+            assert f"`{key}`" in glossary, f"{key} is not in the README's glossary"
+    assert len(rows[0]["objective/kl_dist"]) == 8 and abs(rows[0]["objective/kl"]) < 1e-4
+
+
+def test_a_run_leaves_a_picture_samples_and_a_tensorboard_log(run):
+    folder, _ = run
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG") and (folder / "curves.png").stat().st_size > 10_000
+    text = (folder / "samples.md").read_text()
+    assert text.count("| before |") == text.count("| after |") == 16
+    assert list(folder.parent.rglob("events.out.tfevents*"))
+
+
+def test_the_saved_model_loads_with_its_head_and_as_a_plain_language_model(run):
+    folder, _ = run
+    ids = torch.tensor([[5, 6, 7]])
+    ours = AutoModelForCausalLMWithValueHead.from_pretrained(folder / "final")
+    with torch.no_grad():
+        logits, _, values = ours(ids)
+        plain = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32)(ids).logits
+    assert torch.equal(logits, plain) and values.abs().sum() > 0
+    assert AutoTokenizer.from_pretrained(folder / "final")("The film").input_ids
+
+
+def test_the_same_seed_gives_the_same_metrics_and_another_seed_others(run, tmp_path):
+    def numbers(folder):
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+    for seed in ("3", "4"):
+        train.main([*SMALL, "--output_dir", str(tmp_path / seed), "--seed", seed])
+    assert numbers(tmp_path / "3") == numbers(run[0])
+    assert numbers(tmp_path / "4") != numbers(run[0])
+
+
+def test_help_explains_every_setting():
+    out = script("--help").stdout
+    for field in dataclasses.fields(train.RunConfig):
+        assert f"--{field.name}" in out and len(field.metadata["help"]) > 8, field.name
+        assert " ".join(field.metadata["help"].split())[:40] in " ".join(out.split()), field.name
+    assert "\n    metrics.jsonl   one line per step" in out        # the manual keeps its lines
+
+
+def test_a_reward_function_and_shared_layers_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
+    train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--reward_fn", f"{tmp_path}/mine.py:score", "--num_shared_layers",
+                "2", "--optimizer", "lion", "--lr_scheduler", "linear", "--warmup_steps", "1"])
+    out = capsys.readouterr().out
+    assert "1.58 M trained, 2.66 M frozen" in out and "after:  mean score" in out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["ppo/mean_raw_scores"] > 5
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--batch_size", "30", "--mini_batch_size", "8"], "batch_size (30) must be a multiple of mini_batch_size (8)"),
+    (["--model_name", "no/such-model"], "no model found at 'no/such-model'"),
+    (["--reward_model", "no/such-model"], "no reward model found at 'no/such-model'"),
+    (["--prompts", "no-such-file.txt"], "'no-such-file.txt', which is not a file"),
+    (["--reward_fn", "nothing.py:score"], "'nothing.py', which does not exist"),
+    (["--batch_size", "5000", "--mini_batch_size", "5000"], "different prompts but a step takes 5000"),
+    (["--model_name", "tests/golden/models/gpt2"], "no usable tokenizer"),
+    (["--reward_model", "assets/review-lm"], "has 0 labels to score with"),
+    (["--max_new_tokens", "500"], "needs 5"),
+    (["--num_shared_layers", "9"], "num_shared_layers is 9 but the model has 4 layers"),
+    (["--steps", "0"], "steps is 0"),
+])
+def test_bad_settings_are_one_sentence(arguments, words, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        train.main([*SMALL, "--output_dir", str(tmp_path / "run"), *arguments])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body, words", [
+    ("    raise KeyError('oops')", r"the reward function raised KeyError: 'oops' \(mine.py, line 2\)"),
+    ("    return [1.0]", "the reward function returned 1 for 20 responses"),
+    ("    return [float('nan')] * len(responses)", "score 0 of 20 is nan"),
+    ("    return ['a'] * len(responses)", "score 0 of 20 is 'a'"),
+])
+def test_a_bad_reward_function_is_one_sentence(body, words, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def score(prompts, responses):\n{body}\n")
+    with pytest.raises(ValueError, match=words):
+        train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--reward_fn", f"{tmp_path}/mine.py:score"])
+
+
+def test_on_the_command_line_an_error_is_one_line_without_a_traceback(tmp_path):
+    done = script(*SMALL, "--output_dir", str(tmp_path / "run"), "--model_name", "no/such-model")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: no model found at 'no/such-model'")
+
+
+def test_a_folder_that_has_a_run_is_left_alone(run):
+    folder, _ = run
+    for taken in (folder, folder / "final"):                    # a model's folder is not a place for a run either
+        before = {path: path.read_bytes() for path in taken.iterdir() if path.is_file()}
+        with pytest.raises(ValueError, match="already has a run or other files; choose another --output_dir"):
+            train.main([*SMALL, "--output_dir", str(taken)])
+        assert {path: path.read_bytes() for path in taken.iterdir() if path.is_file()} == before
+
+
+def test_a_start_that_failed_does_not_block_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="no-such-file"):
+        train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--prompts", "no-such-file.txt"])
+    train.main([*SMALL, "--output_dir", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "final" / "config.json").exists()
+
+
+def test_two_processes_train_one_run(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "scripts" / "train.py"), *SMALL, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "8 responses a step on each of 2 processes" in done.stdout and done.stdout.count("after:  mean score") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2] and len(rows[0]["objective/kl_dist"]) == 16
+
+
+def test_prompts_that_repeat_count_once():
+    prompts = train.load_prompts(train.RunConfig(), AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"), 1)
+    texts = [[row["text"] for row in side] for side in prompts]
+    assert len(texts[1]) == 200 and not set(texts[0]) & set(texts[1]) and len(set(texts[0])) == len(texts[0]) > 900
+
+
+def test_any_batch_size_finds_a_mini_batch_size():
+    for batch_size, accumulation, expected in ((8, 1, 8), (64, 1, 32), (48, 1, 24), (64, 4, 16), (7, 1, 7)):
+        assert train.RunConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation).mini_batch_size == expected
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="cannot write to the run folder .*choose another --output_dir"):
+        train.main([*SMALL, "--output_dir", str(tmp_path / "file" / "run")])
+
+
+def test_runs_get_the_first_free_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.PPOTrainer, "step", lambda *a, **k: pytest.fail("this test ends before the first step"))
+    os.makedirs("runs/review-lm-1")
+    with pytest.raises(pytest.fail.Exception):
+        train.main(SMALL)
+    assert os.path.exists("runs/review-lm-2/config.json")
+
+
+def test_a_model_with_a_tokenizer_without_padding_trains(tmp_path, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm")
+    tokenizer.pad_token = None
+    AutoModelForCausalLM.from_pretrained(ROOT / "assets" / "review-lm").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--model_name", str(tmp_path / "model")])
+    assert "no pad token" in caplog.text
+
+
+# ------------------------------------------------------------------------------------------------ the committed assets
+
+
+def test_the_judge_is_a_sentiment_pipeline_and_right_about_plain_cases():
+    judge = pipeline("sentiment-analysis", model=str(ROOT / "assets" / "review-sentiment"), dtype=torch.float32)
+    rows = judge(["A moving, beautiful and very funny film.", "A dull, tedious and pointless mess."])
+    assert [row["label"] for row in rows] == ["POSITIVE", "NEGATIVE"] and all(row["score"] > 0.7 for row in rows)
+
+
+def test_the_assets_are_small_half_precision_safetensors_with_a_card_each():
+    from safetensors import safe_open
+    files = [path for path in (ROOT / "assets").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16_000_000
+    for name in ("review-lm", "review-sentiment"):
+        with safe_open(ROOT / "assets" / name / "model.safetensors", framework="pt") as tensors:
+            assert {tensors.get_tensor(key).dtype for key in tensors.keys()} == {torch.float16}
+        assert "make assets" in (ROOT / "assets" / name / "README.md").read_text()
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+def test_two_dozen_steps_raise_the_score(tmp_path, capsys):
+    train.main(["--cpu", "--steps", "25", "--max_new_tokens", "16", "--eval_prompts", "50", "--output_dir", str(tmp_path / "run")])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [row["ppo/mean_raw_scores"] for row in rows]
+    assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.08, scores        # from 0.51 to 0.68 when this was written
