@@ -165,7 +165,7 @@ def gae(rewards, values, mask, gamma, lam):
     rewards, values, mask: (B, R) -> advantages (B, R), returns (B, R) = advantages + values, both before whitening.
     A response ends its episode: the value after its last token is 0. A token masked in the middle counts as value 0, as in TRL.
     """
-    rewards, values = rewards * mask, values * mask
+    rewards, values = rewards * mask, values * mask         # in padding a value is noise, and would leak back by lambda
     advantages = torch.zeros_like(rewards)
     last = torch.zeros_like(rewards[:, 0])                                                      # (B,)
     for t in reversed(range(rewards.shape[1])):
@@ -182,7 +182,7 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange):
     -> loss (B, R), ratio (B, R), clipped (B, R): 1 where clipping took the gradient away. Mean it over the mask yourself:
     only the caller knows how many tokens the optimizer step has.
     """
-    ratio = torch.exp(new_logprobs - logprobs)
+    ratio = torch.exp(new_logprobs - logprobs)              # 1 at the first update, so clipping starts with the second
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
     return torch.maximum(unclipped, clipped), ratio, (clipped > unclipped).float()
@@ -193,6 +193,7 @@ def value_loss(new_values, values, returns, cliprange_value):
 
     All (B, R) -> loss (B, R), clipped (B, R): 1 where the clipped error was the larger.
     """
+    # As for the policy, the larger of the two: clipping may hide an improvement, never a mistake.
     near = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns).square(), (near - returns).square()
     return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
@@ -243,10 +244,25 @@ def disable_dropout(model):
                 setattr(module, name, 0.0)
 
 
-# Everything `update` measures per token, in this order; one row of sums per optimizer step.
-TERMS = ("loss/policy", "loss/value", "policy/entropy", "policy/approxkl", "policy/policykl", "policy/clipfrac",
-         "policy/advantages_mean", "policy/ratio_mean", "returns/mean", "returns/square", "val/vpred", "val/error",
-         "val/clipfrac", "val/mean", "val/square")
+# Everything `update` measures per token, in this order; one row of sums per optimizer step. Sums, not means: sums can be
+# added over mini-batches and processes and divided once, by the number of tokens that they really cover.
+TERMS = (
+    "loss/policy",              # what is minimised, see policy_loss
+    "loss/value",               # see value_loss
+    "policy/entropy",           # nats; falls slowly while the policy learns, and at once when it collapses
+    "policy/approxkl",          # half the squared log-ratio (k2): how far these epochs have moved the policy
+    "policy/policykl",          # -log-ratio (k1): the same, unbiased and noisy; what early stopping looks at
+    "policy/clipfrac",          # share of tokens whose gradient was clipped away; 0 = could learn faster, 0.5 = far too fast
+    "policy/advantages_mean",
+    "policy/ratio_mean",        # leaves 1 only if the learning rate is too high, or the sampler is not the policy
+    "returns/mean",
+    "returns/square",           # becomes returns/var
+    "val/vpred",                # new values
+    "val/error",                # against the returns; with returns/var it gives val/var_explained
+    "val/clipfrac",
+    "val/mean",                 # recorded values
+    "val/square",               # becomes val/var
+)
 
 
 class LengthSampler:
@@ -443,13 +459,14 @@ class PPOTrainer:
         batch = collate(queries, responses, response_masks, self.tokenizer.pad_token_id)
         mask = batch["mask"]                                                                              # (B, R)
 
-        # (a) rollout: what the policy that chose these tokens, and the reference, thought of them
+        # (a) rollout: what the policy that chose these tokens, and the reference, thought of them. Recomputed rather than
+        # taken from the sampler: padded and batched as the update will be, so that the first ratio is 1 to the last digits.
         batch["logprobs"], batch["values"], ref_logprobs, kl = self.record(batch)                         # (B, R) each
         if config.optimize_device_cache:
             clear_device_cache(device)
         clock.lap("forward_pass")
 
-        # (c) rewards
+        # (c) rewards: the KL penalty is paid token by token, the score arrives with the last one
         if config.kl_penalty != "full":
             kl = kl_penalty(batch["logprobs"], ref_logprobs, config.kl_penalty)
         rewards, non_score_reward = token_rewards(scores, kl, mask, self.kl_ctl.value)                    # (B, R)
@@ -457,18 +474,19 @@ class PPOTrainer:
             rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
         clock.lap("compute_rewards")
 
-        # (d) advantages
+        # (d) advantages: how much better than foreseen each token was. Whitened for the policy, whose step must not depend on
+        # the scale of the rewards; the returns stay as they are, since the values have to learn that scale.
         advantages, batch["returns"] = gae(rewards, batch["values"], mask, config.gamma, config.lam)      # (B, R)
         batch["advantages"] = masked_whiten(advantages, mask, reduce=self.reduce)
         clock.lap("compute_advantages")
 
-        # (e) update
+        # (e) update: the recorded log-probs and values stay what they were, however far the policy moves from them
         sums, ratios = self.update(batch)
         if config.optimize_device_cache:
             clear_device_cache(device)
         clock.lap("optimize_step")
 
-        # (f) book-keeping
+        # (f) book-keeping: the KL coefficient changes last, so the one that is logged is the one that was used
         stats = self.update_stats(sums)
         stats.update(self.batch_stats(batch, ref_logprobs, kl * mask, non_score_reward, raw_scores, scores, queries, responses))
         stats["ppo/policy/advantages"] = batch["advantages"][mask.bool()].cpu()
@@ -521,6 +539,7 @@ class PPOTrainer:
         shape = batch["mask"].shape
         logprobs, values, ref_logprobs, kl = torch.zeros((4, *shape), device=batch["mask"].device)
         self.model.eval()
+        # In mini-batches, policy and reference side by side: full_kl needs both (b, r, V) tensors, and no more than one pair.
         for index in torch.arange(shape[0]).split(self.config.mini_batch_size):
             rows = take(batch, index)
             mask = rows["mask"]                                                                            # (b, r)
@@ -540,6 +559,7 @@ class PPOTrainer:
         self.model.train()      # for gradient checkpointing, which sleeps in eval mode; there is no dropout left to wake
         sums, ratios = [], []
         for _ in range(self.config.ppo_epochs):
+            # numpy's global generator, as TRL: the same seed gives the same mini-batches there and here
             order = torch.from_numpy(np.random.permutation(self.config.batch_size))
             for index in order.split(self.config.backward_batch_size):
                 row, ratio = self.optimizer_step(batch, index, first=not sums)

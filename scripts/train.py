@@ -54,7 +54,7 @@ class RunConfig(PPOConfig):
     learning_rate: Optional[float] = knob(None, "of the optimizer; default: 4e-4, which suits a small model, and a third for lion")
     init_kl_coef: float = knob(0.01, "reward lost per nat of KL to the reference, at the start")
     # ---- the script's own
-    steps: int = knob(80, "PPO steps; each is one batch of responses")
+    steps: int = knob(100, "PPO steps; each is one batch of responses")
     output_dir: Optional[str] = knob(None, "folder for the run; default: runs/<model>-<first free number>")
     prompts: str = knob("assets/review-prompts.txt", "text file, one prompt per line")
     eval_prompts: int = knob(200, "last prompts of the file, kept from training and answered before and after")
@@ -101,28 +101,24 @@ def main(arguments=None):
     lr_scheduler = optim.make_schedule(config.lr_scheduler, optimizer, config.steps, config.warmup_steps)
 
     # ------------------------------------------------------------------------------------------------ reward
-    if config.reward_fn is not None:
-        reward = rewards.load_reward_fn(config.reward_fn)
-    else:
-        reward = rewards.load_reward_model(find(config.reward_model), accelerator.device)
+    reward = (rewards.load_reward_fn(config.reward_fn) if config.reward_fn is not None
+              else rewards.load_reward_model(find(config.reward_model), accelerator.device))
 
     # ----------------------------------------------------------------------------------------------- prompts
-    train_prompts, eval_prompts = load_prompts(config, tokenizer, accelerator.num_processes)
+    train_prompts, eval_prompts = load_prompts(config, tokenizer, accelerator.num_processes, model.config)
 
     # -------------------------------------------------------------------------------------------------- loop
     trainer = PPOTrainer(config, model, ref_model, tokenizer, dataset=train_prompts, optimizer=optimizer,
                          data_collator=list, lr_scheduler=lr_scheduler, accelerator=accelerator)
-    longest = max(len(prompt["tokens"]) for prompt in train_prompts + eval_prompts)
-    trainer.check_positions(longest + config.max_new_tokens, longest)      # now, not after an hour
     run.say(plan(config, accelerator, model, ref_model))
     before = evaluate(trainer, reward, eval_prompts)
     run.say(f"before: {before}")
+    # From here on each rank draws its own numbers: it must sample other responses than its neighbour.
     distributed.seed_everything(config.seed, rank=accelerator.process_index)
 
     batches = forever(trainer.dataloader)
     for step in range(1, config.steps + 1):
-        started = time.perf_counter()
-        prompts = next(batches)
+        started, prompts = time.perf_counter(), next(batches)
         queries = [prompt["tokens"] for prompt in prompts]
         # (a) rollout: sample a response to each prompt
         responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
@@ -170,7 +166,7 @@ def decode_responses(tokenizer, queries, responses):
     return [text[len(query):] for text, query in zip(both, tokenizer.batch_decode(queries, skip_special_tokens=True))]
 
 
-def load_prompts(config, tokenizer, num_processes):
+def load_prompts(config, tokenizer, num_processes, model_config):
     """-> two lists of {"text", "tokens" (Q,)}: to train on, and to judge by (the last `eval_prompts` of the file)."""
     path = find(config.prompts)
     if not os.path.isfile(path):
@@ -182,6 +178,11 @@ def load_prompts(config, tokenizer, num_processes):
     if len(prompts) < needed + kept:
         raise ValueError(f"{config.prompts} has {len(prompts)} different prompts but a step takes {needed} (batch_size x processes) "
                          f"and {kept} are kept for evaluation; use a smaller --eval_prompts and --batch_size, or more prompts")
+    longest = max(prompts, key=lambda prompt: len(prompt["tokens"]))      # said now, not when its turn comes after an hour
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and len(longest["tokens"]) + config.max_new_tokens > limit:
+        raise ValueError(f"the prompt {longest['text'][:40]!r} has {len(longest['tokens'])} tokens and max_new_tokens is "
+                         f"{config.max_new_tokens}, but the model has {limit} positions; shorten one of them")
     return prompts[:-kept], prompts[-kept:]
 
 

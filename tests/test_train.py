@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import train
 from value_head import AutoModelForCausalLMWithValueHead
@@ -114,7 +114,7 @@ def test_a_reward_function_and_shared_layers_from_the_command_line(tmp_path, cap
     (["--batch_size", "5000", "--mini_batch_size", "5000"], "different prompts but a step takes 5000"),
     (["--model_name", "tests/golden/models/gpt2"], "no usable tokenizer"),
     (["--reward_model", "assets/review-lm"], "has 0 labels to score with"),
-    (["--max_new_tokens", "500"], "needs 5"),
+    (["--max_new_tokens", "500"], "max_new_tokens is 500, but the model has 128 positions"),
     (["--num_shared_layers", "9"], "num_shared_layers is 9 but the model has 4 layers"),
     (["--steps", "0"], "steps is 0"),
 ])
@@ -169,7 +169,8 @@ def test_two_processes_train_one_run(tmp_path):
 
 
 def test_prompts_that_repeat_count_once():
-    prompts = train.load_prompts(train.RunConfig(), AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"), 1)
+    prompts = train.load_prompts(train.RunConfig(), AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"), 1,
+                                 AutoConfig.from_pretrained(ROOT / "assets" / "review-lm"))
     texts = [[row["text"] for row in side] for side in prompts]
     assert len(texts[1]) == 200 and not set(texts[0]) & set(texts[1]) and len(set(texts[0])) == len(texts[0]) > 900
 
