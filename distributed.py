@@ -12,6 +12,8 @@ Copy me: needs torch and accelerate. Tested by tests/test_distributed.py.
 import gc
 import importlib.util
 import random
+import resource
+import sys
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -77,6 +79,14 @@ def clear_device_cache(device):
         getattr(torch, device.type).empty_cache()
 
 
+def peak_memory(device):
+    """Bytes at the highest point so far: of the device's allocator, or of this whole process on a CPU."""
+    if device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak        # Linux counts in KiB
+    return getattr(torch, device.type).max_memory_allocated()
+
+
 if __name__ == "__main__":
     accelerator = start(cpu=True)
     seed_everything(0, rank=accelerator.process_index)
@@ -86,3 +96,4 @@ if __name__ == "__main__":
     print("my tokens", tokens.item(), "all tokens", reduce(tokens).item())
     print("everybody's ranks:", gather_lists(accelerator, [accelerator.process_index]))
     clear_device_cache(accelerator.device)
+    print(f"peak memory {peak_memory(accelerator.device) / 1e6:.0f} MB")

@@ -250,7 +250,7 @@ class RunFolder:
 
     def __init__(self, config, accelerator):
         self.main, self.started, self.steps = accelerator.is_main_process, time.perf_counter(), config.steps
-        self.seconds = 0.0              # spent in steps
+        self.seconds, self.device = 0.0, accelerator.device       # seconds spent in steps
         folder = config.output_dir or next(
             name for name in (f"runs/{Path(config.model_name).name}-{n}" for n in range(1, 10 ** 6)) if not os.path.exists(name))
         # every process must see the same free number, so the main one decides
@@ -294,7 +294,8 @@ class RunFolder:
         draw_curves(rows, self.folder / "curves.png")
         write_samples(before, after, self.folder / "samples.md")
         self.say(f"before: {before}\nafter:  {after}, KL {rows[-1]['objective/kl']:.2f} nats\n"
-                 f"{time.perf_counter() - self.started:.0f} s; the model is in {self.folder / 'final'}, "
+                 f"{time.perf_counter() - self.started:.0f} s, peak memory {distributed.peak_memory(self.device) / 1e6:.0f} MB; the "
+                 f"model is in {self.folder / 'final'}, "
                  f"see also {self.folder / 'curves.png'} and samples.md")
 
 

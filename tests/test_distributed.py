@@ -75,6 +75,13 @@ def test_a_sum_over_one_process_is_the_tensor_itself():
     assert distributed.gather_lists(accelerator, (3, 4)) == [3, 4]
 
 
+def test_peak_memory_counts_what_was_allocated():
+    before = distributed.peak_memory(torch.device("cpu"))
+    big = torch.ones(before // 4)                               # as much again as everything so far, in float32
+    assert distributed.peak_memory(torch.device("cpu")) > big.nbytes and before > 100e6
+    assert distributed.peak_memory(torch.device("cpu")) > 1.2 * before
+
+
 @pytest.mark.parametrize("device, cleared", [("cpu", []), ("cuda", ["cuda"])])
 def test_the_device_cache_is_emptied_on_devices_that_have_one(monkeypatch, device, cleared):
     calls = []
