@@ -11,6 +11,8 @@ Copy me: needs torch and accelerate. Tested by tests/test_distributed.py.
 """
 import gc
 import importlib.util
+import logging
+import os
 import random
 import resource
 import sys
@@ -20,6 +22,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+
+logger = logging.getLogger(__name__)
 
 
 def start(log_with=None, project_dir=None, mixed_precision=None, **kwargs):
@@ -32,6 +36,18 @@ def start(log_with=None, project_dir=None, mixed_precision=None, **kwargs):
         raise ValueError(f"log_with is {log_with!r} but that package is not installed; run: pip install {log_with}")
     return Accelerator(log_with=log_with, mixed_precision=mixed_precision,
                        project_config=ProjectConfiguration(project_dir=project_dir) if project_dir else None, **kwargs)
+
+
+def tracker_arguments(log_with, folder):
+    """-> init_kwargs for accelerate's `init_trackers`. Without an account wandb would ask a question and wait: it logs offline."""
+    if log_with != "wandb":
+        return {}
+    import wandb
+    arguments = {"dir": folder}
+    if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
+        logger.warning("no wandb account is set up here: logging offline below %s; `wandb sync` uploads it later", folder or "wandb/")
+        arguments["mode"] = "offline"
+    return {"wandb": arguments}
 
 
 def seed_everything(seed, rank=0):
