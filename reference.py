@@ -119,7 +119,7 @@ class SharedTrunk:
 
         def keep(_, inputs, output):
             self.in_tuple = isinstance(output, tuple)       # GPT-J's blocks give a tuple, GPT-2's a tensor
-            kept["trunk"] = (output[0] if self.in_tuple else output).detach()
+            kept["trunk"] = output[0] if self.in_tuple else output
 
         handles = [self.last.register_forward_hook(keep)] if self.blocks else []
         try:

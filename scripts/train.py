@@ -246,7 +246,8 @@ def plan(config, accelerator, model, ref_model):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     shared = reference.shared_bytes(model, ref_model)
-    weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in ref_model.parameters()) - shared
+    own = sum(p.nbytes for p in ref_model.parameters()) - shared       # bytes; int8 counts as one
+    weights = sum(p.nbytes for p in model.parameters()) + own
     state = {"adam": 8, "lion": 4, "sgd": 0, "adam8bit": 2}[config.optimizer] * trained     # bytes
     vocabulary = model.pretrained_model.get_output_embeddings().out_features
     # logits, their gradient, and two temporaries of softmax, float32
@@ -256,7 +257,8 @@ def plan(config, accelerator, model, ref_model):
         f"batch      {config.batch_size} responses a step" + (f" on each of {processes} processes" if processes > 1 else "") +
         f", {config.ppo_epochs} epochs of {per_step} optimizer step(s), each over {config.gradient_accumulation_steps} "
         f"mini-batch(es) of {config.mini_batch_size}; {config.steps} steps = {config.steps * config.batch_size * processes} responses",
-        f"parameters {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; reference shares {shared / 1e6:.1f} MB",
+        f"parameters {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; the reference shares {shared / 1e6:.1f} MB and "
+        f"adds {own / 1e6:.1f} MB",
         f"memory     about {total / 1e6:.0f} MB on {accelerator.device} beside activations and the reward model: weights {weights / 1e6:.0f}, gradients "
         f"{4 * trained / 1e6:.0f}, optimizer {state / 1e6:.0f}, logits of a mini-batch {logits / 1e6:.0f}"])
 

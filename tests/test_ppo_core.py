@@ -356,7 +356,8 @@ def test_dropout_plays_no_part():
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = rate
-        trainer = PPOTrainer(config(), model, None, tokenizer(), optimizer=sgd(model))
+        own_reference = create_reference_model(model).train()       # a caller may pass it in train mode
+        trainer = PPOTrainer(config(), model, own_reference, tokenizer(), optimizer=sgd(model))
         np.random.seed(0)
         trainer.step(*ragged())
         results.append(weights(trainer))

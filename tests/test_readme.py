@@ -70,7 +70,7 @@ def test_every_python_block_runs_as_printed(checkout, hub):
 def run_line(line, checkout):
     # Longest lines cut short by the variable that scripts/train.py reads; the flags of the line itself are still parsed and used.
     environment = {**os.environ, "PLAINPPO_ARGS": "--steps 1 --batch_size 8 --eval_prompts 8 --max_new_tokens 8",
-                   "ARGS": "--only seed0" if "features" in line else ""}
+                   "ARGS": {"make features": "--only seed0", "make sharing": "--rounds 1 --layers 5"}.get(line, "")}
     if "--warmup_steps" in line:
         environment["PLAINPPO_ARGS"] += " --warmup_steps 1"
     return subprocess.run(line, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)

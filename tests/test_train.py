@@ -268,7 +268,8 @@ def test_the_assets_are_small_half_precision_safetensors_with_a_card_each():
 
 
 def test_two_dozen_steps_raise_the_score(tmp_path, capsys):
-    train.main(["--cpu", "--steps", "25", "--max_new_tokens", "16", "--eval_prompts", "50", "--output_dir", str(tmp_path / "run")])
+    train.main(["--cpu", "--steps", "20", "--batch_size", "48", "--max_new_tokens", "12", "--eval_prompts", "50", "--lr_scheduler",
+                "constant", "--output_dir", str(tmp_path / "run")])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = [row["ppo/mean_raw_scores"] for row in rows]
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.08, scores        # from 0.51 to 0.68 when this was written
