@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-smollm2 features sharing test assets clean
+.PHONY: help setup train train-smollm2 resume features sharing test assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -20,6 +20,9 @@ train: $(STAMP)  ## train the small review writer to be positive, on a CPU or on
 
 train-smollm2: $(STAMP)  ## the same with SmolLM2-135M, 24 of its 30 layers shared
 	$(BIN)/python scripts/make_assets.py --smollm2 && $(BIN)/python scripts/train.py --model_name .cache/smollm2-135m --num_shared_layers 24 --batch_size 16 --steps 40 --learning_rate 1e-4 --eval_prompts 50 $(ARGS)
+
+resume: $(STAMP)  ## RUN=runs/<name>: go on with a run that was killed
+	$(BIN)/python scripts/train.py --resume $(RUN) $(ARGS)
 
 features: $(STAMP)  ## measure every feature on the default run; about half an hour on 2 cores
 	$(BIN)/python scripts/bench.py features $(ARGS)

@@ -10,13 +10,17 @@ Shapes: `sum_over_processes` keeps the shape of what it is given.
 Copy me: needs torch and accelerate. Tested by tests/test_distributed.py.
 """
 import gc
+import hashlib
 import importlib.util
+import json
 import logging
 import os
 import random
 import resource
+import shutil
 import sys
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -101,6 +105,104 @@ def peak_memory(device):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak        # Linux counts in KiB
     return getattr(torch, device.type).max_memory_allocated()
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def whole_folder(accelerator, folder):
+    """-> a folder to fill, on every process. When the context ends well it becomes `folder`; a run killed before leaves none.
+
+    The order is what makes it safe: every file to the disk, then the manifest with their sizes and SHA-256 sums, then one rename.
+    ValueError when `folder` is there already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} is there already, and is left as it is; choose another name or move it away")
+    partial = folder.with_name(folder.name + ".partial")
+    if accelerator.is_main_process:
+        if partial.exists():        # of a run that was killed
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    yield partial
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
+        umask = os.umask(0)
+        os.umask(umask)
+        for path in files.values():
+            path.chmod(0o666 & ~umask)      # safetensors writes for the owner alone, whatever was asked for
+            to_disk(path)
+        entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+        (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+        for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
+            to_disk(path)
+        os.replace(partial, folder)
+        to_disk(folder.parent)
+    accelerator.wait_for_everyone()
+
+
+def to_disk(path):
+    """Wait until a file, or the list of names in a folder, is on the disk and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def damage(folder):
+    """What is wrong with a folder made by `whole_folder`, as half a sentence; None when every file is as it was written."""
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        return f"it has no {MANIFEST}, so it was never finished"
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
+    if there != set(expected):
+        return f"{min(there ^ set(expected))} is {'not in its manifest' if there - set(expected) else 'missing'}"
+    for name, (size, digest) in expected.items():
+        found = (folder / name).stat().st_size
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+        if sha256(folder / name) != digest:
+            return f"{name} is not what was written: its SHA-256 differs"
+    return None
+
+
+def random_states(device):
+    """Where every random generator of this process stands, as what JSON can hold."""
+    name, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": bytes(torch.get_rng_state().tolist()).hex()}
+    if device.type != "cpu":
+        states[device.type] = bytes(getattr(torch, device.type).get_rng_state(device).tolist()).hex()
+    return states
+
+
+def set_random_states(states, device):
+    """The inverse of `random_states`."""
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(torch.tensor(list(bytes.fromhex(states["torch"])), dtype=torch.uint8))
+    if device.type in states:
+        getattr(torch, device.type).set_rng_state(torch.tensor(list(bytes.fromhex(states[device.type])), dtype=torch.uint8), device)
 
 
 if __name__ == "__main__":

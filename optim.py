@@ -67,6 +67,41 @@ def state_bytes(optimizer):
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
+def pack_state(optimizer):
+    """-> (tensors, rest): the state dict as named tensors, fit for safetensors, and as what JSON can hold."""
+    state = optimizer.state_dict()
+    tensors, numbers = {}, {}
+
+    def pack(path, value):
+        if isinstance(value, dict):     # of parameters, of one parameter's state, and bitsandbytes nests once more
+            for name, inner in value.items():
+                pack([*path, str(name)], inner)
+        elif torch.is_tensor(value):
+            tensors["/".join(path)] = value.detach().clone().contiguous()       # a copy: 8-bit Adam's table is one for all
+        else:
+            numbers["/".join(path)] = value
+
+    pack([], state["state"])
+    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def unpack_state(optimizer, tensors, rest):
+    """The inverse of `pack_state`, into an optimizer over the same parameters. ValueError when there are others."""
+    own, saved = ([len(group["params"]) for group in groups] for groups in (optimizer.state_dict()["param_groups"], rest["param_groups"]))
+    if own != saved:
+        raise ValueError(f"the saved optimizer has groups of {saved} parameters but this one has {own}; make it over the same "
+                         "parameters, in the same order, with the same layers shared")
+    state = {}
+    for key, value in [*tensors.items(), *rest["numbers"].items()]:
+        index, *path, name = key.split("/")
+        entries = state.setdefault(int(index), {})
+        for step in path:
+            entries = entries.setdefault(step, {})
+        entries[name] = value
+    groups = [{name: tuple(v) if name == "betas" else v for name, v in group.items()} for group in rest["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
 def make_schedule(name, optimizer, steps, warmup_steps=0):
     """A torch scheduler, to be stepped once per PPO step. steps, warmup_steps: PPO steps, of the whole run.
 

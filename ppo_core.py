@@ -19,9 +19,11 @@ Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer
 Copy me: the settings and the functions need torch alone; PPOTrainer needs the five files beside this one.
 Tested by tests/test_ppo_core.py and, number by number against TRL, tests/test_golden.py.
 """
+import json
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
@@ -727,6 +729,51 @@ class PPOTrainer:
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
+    def save_checkpoint(self, folder):
+        """Everything that the next step depends on, in a folder that is whole or not there; see `load_checkpoint`.
+
+        model/ is what save_pretrained writes. The rest: the optimizer's tensors, one file of numbers, and each process's random
+        generators. safetensors and JSON only: reading a checkpoint executes nothing.
+        """
+        from distributed import random_states, whole_folder
+        from optim import pack_state
+        from safetensors.torch import save_file
+        with whole_folder(self.accelerator, folder) as partial:
+            self.save_pretrained(partial / "model")
+            if self.accelerator.is_main_process:
+                tensors, rest = pack_state(self.optimizer)
+                save_file(tensors, partial / "optimizer.safetensors")
+                state = {"steps_done": self.steps_done, "kl_coef": self.kl_ctl.value, "score_moments": self.score_moments.state_dict(),
+                         "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(), "optimizer": rest}
+                (partial / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
+            states = random_states(self.accelerator.device)
+            (partial / f"random-{self.accelerator.process_index}.json").write_text(json.dumps(states), encoding="utf-8")
+
+    def load_checkpoint(self, folder):
+        """Go on where `save_checkpoint` was: the steps that follow are, bit for bit, those that would have followed there.
+
+        With another number of processes than saved, processes without a saved random state keep their own. ValueError: the
+        folder is damaged, or is of another model or optimizer.
+        """
+        from distributed import damage, set_random_states
+        from optim import unpack_state
+        from safetensors.torch import load_file
+        folder = Path(folder)
+        problem = damage(folder)
+        if problem is not None:
+            raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
+        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        weights = {name: tensor for path in sorted((folder / "model").glob("*.safetensors")) for name, tensor in load_file(path).items()}
+        load_weights(self.accelerator.unwrap_model(self.model), weights)
+        unpack_state(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self.steps_done, self.kl_ctl.value = state["steps_done"], state["kl_coef"]
+        self.score_moments.load_state_dict(state["score_moments"])
+        own = folder / f"random-{self.accelerator.process_index}.json"
+        if own.is_file():
+            set_random_states(json.loads(own.read_text(encoding="utf-8")), self.accelerator.device)
+
 
 class Clock:
     """Seconds between laps, under TRL's names; the letters of the phases are those of scripts/train.py."""
@@ -741,6 +788,23 @@ class Clock:
 
     def stats(self):
         return {**self.laps, "time/ppo/total": time.perf_counter() - self.start}
+
+
+def load_weights(model, weights):
+    """Copy saved tensors into the model's own, in place: what is shared with the reference stays shared.
+
+    Of tied tensors one name is saved. ValueError names a tensor that is missing, left over, or of another shape.
+    """
+    own, done = model.state_dict(), set()
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ValueError(f"the checkpoint's {name} is {tuple(tensor.shape)} but the model's is "
+                             f"{tuple(own[name].shape) if name in own else 'not there'}; it is of another model")
+        own[name].copy_(tensor)
+        done.add(own[name].data_ptr())
+    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in done]
+    if missing:
+        raise ValueError(f"the checkpoint has {len(weights)} tensors but not {missing[0]}; it is of another model")
 
 
 def quantized(model):

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 2 scripts/train.py --cpu               # N processes on a CPU
     python scripts/train.py --model_name ./my-model --reward_model ./my-classifier --prompts prompts.txt
     python scripts/train.py --reward_fn my_reward.py:score           # def score(prompts, responses) -> list of floats
+    python scripts/train.py --resume runs/review-lm-1                # a run that was killed, from its newest checkpoint
 
 What you should see: a plan, one line per step with a score that rises while the KL stays in the tens at most, then the score
 on prompts held out from training, before and after. What it leaves in runs/<name>/:
@@ -13,6 +14,7 @@ on prompts held out from training, before and after. What it leaves in runs/<nam
     curves.png      score, KL, entropy, losses
     samples.md      the same 16 held-out prompts answered before and after, with scores
     summary.json    the last lines of the run as numbers: scores, KL, seconds, peak memory, bytes of optimizer state
+    checkpoints/    the newest states of the run: after a kill, `--resume runs/<name>` goes on as if nothing had happened
     final/          the trained policy with its value head, for from_pretrained; plain transformers loads it too
 """
 import argparse
@@ -21,6 +23,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -75,6 +78,9 @@ class RunConfig(PPOConfig):
     warmup_steps: int = knob(0, "steps over which the learning rate rises to its value")
     num_shared_layers: Optional[int] = knob(None, "first layers that policy and reference share, frozen; default: none")
     reference_bits: Optional[Literal[8, 4]] = knob(None, "load the reference in 8 or 4 bits; needs bitsandbytes")
+    save_every: int = knob(20, "steps between checkpoints; 0 = none")
+    keep_last: int = knob(2, "checkpoints kept; at least 2, so that a whole one is left when the newest is damaged")
+    resume: Optional[str] = knob(None, "run folder to go on with, with its own settings, from its newest whole checkpoint")
     cpu: bool = knob(False, "stay on the CPU where there is a GPU")
 
     def __post_init__(self):
@@ -87,6 +93,8 @@ class RunConfig(PPOConfig):
         for name in ("steps", "max_new_tokens", "eval_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.save_every < 0 or self.keep_last < 2:
+            raise ValueError(f"save_every is {self.save_every} and keep_last is {self.keep_last}; use at least 0 and at least 2")
         if self.reference_bits is not None and self.num_shared_layers is not None:
             raise ValueError(f"reference_bits is {self.reference_bits} and num_shared_layers is {self.num_shared_layers}, but a layer "
                              "that is stored in fewer bits is another layer; leave one of them out")
@@ -94,7 +102,7 @@ class RunConfig(PPOConfig):
 
 def main(arguments=None):
     # ------------------------------------------------------------------------------------------------ config
-    config, = HfArgumentParser(RunConfig, description=__doc__, formatter_class=Help).parse_args_into_dataclasses(arguments)
+    config = parse(arguments)
     transformers.utils.logging.disable_progress_bar()      # its bars for loading and saving would cut through ours
 
     # ----------------------------------------------------------------------------------------------- machine
@@ -124,17 +132,16 @@ def main(arguments=None):
     train_prompts, eval_prompts = load_prompts(config, tokenizer, accelerator.num_processes, model.config)
 
     # -------------------------------------------------------------------------------------------------- loop
-    trainer = PPOTrainer(config, model, ref_model, tokenizer, dataset=train_prompts, optimizer=optimizer,
-                         data_collator=list, lr_scheduler=lr_scheduler, accelerator=accelerator)
+    trainer = PPOTrainer(config, model, ref_model, tokenizer, optimizer=optimizer, lr_scheduler=lr_scheduler,
+                         accelerator=accelerator)
     run.say(plan(config, accelerator, model, ref_model))
-    before = evaluate(trainer, reward, eval_prompts)
+    before = run.remember_before(lambda: evaluate(trainer, reward, eval_prompts))
     run.say(f"before: {before}")
     # From here on each rank draws its own numbers: it must sample other responses than its neighbour.
     distributed.seed_everything(config.seed, rank=accelerator.process_index)
 
-    batches = forever(trainer.dataloader)
-    for step in range(1, config.steps + 1):
-        started, prompts = time.perf_counter(), next(batches)
+    for step in range(run.restore(trainer) + 1, config.steps + 1):
+        started, prompts = time.perf_counter(), prompts_of_step(train_prompts, step, config, accelerator)
         queries = [prompt["tokens"] for prompt in prompts]
         # (a) rollout: sample a response to each prompt
         responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
@@ -149,6 +156,7 @@ def main(arguments=None):
         stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
         trainer.log_stats(stats, {"query": [p["text"] for p in prompts], "response": texts}, scores)
         run.record(step, stats, time.perf_counter() - started)
+        run.save(trainer, step)
 
     # ---------------------------------------------------------------------------------------- before / after
     after = evaluate(trainer, reward, eval_prompts)
@@ -158,6 +166,29 @@ def main(arguments=None):
 
 
 # ------------------------------------------------------------------------------------------------ what main() calls
+
+
+def parse(arguments):
+    """Flags -> RunConfig. With --resume every setting is that of the run; another one beside it is refused, not followed."""
+    parser = HfArgumentParser(RunConfig, description=__doc__, formatter_class=Help)
+    config, = parser.parse_args_into_dataclasses(arguments)
+    if config.resume is None:
+        return config
+    path = Path(config.resume) / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = {field.name: saved[field.name] for field in dataclasses.fields(RunConfig)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--resume {config.resume}: {path} cannot be read ({type(error).__name__}: {error}); name a folder that a "
+                         "run was made in") from error
+    parser.set_defaults(**saved)
+    given, = parser.parse_args_into_dataclasses(arguments)
+    for name, value in saved.items():
+        if name not in ("resume", "output_dir") and getattr(given, name) != value:
+            raise ValueError(f"--resume {config.resume} goes on with that run's own settings, where {name} is {value}, not "
+                             f"{getattr(given, name)}; leave --{name} out, or start a new run")
+    given.output_dir = config.resume
+    return given
 
 
 def find(name):
@@ -202,10 +233,14 @@ def load_prompts(config, tokenizer, num_processes, model_config):
     return prompts[:-kept], prompts[-kept:]
 
 
-def forever(loader):
-    """Batches without end; the loader shuffles anew at each pass."""
-    while True:
-        yield from loader
+def prompts_of_step(prompts, step, config, accelerator):
+    """This process's batch. Each pass over the prompts has an order of its own, which seed and step alone decide: a run that is
+    resumed need not know what was drawn before."""
+    per_step = config.batch_size * accelerator.num_processes
+    number, position = divmod(step - 1, len(prompts) // per_step)       # what does not fill a batch waits for the next pass
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(1_000_003 * config.seed + number))
+    start = position * per_step + accelerator.process_index * config.batch_size
+    return [prompts[i] for i in order[start:start + config.batch_size]]
 
 
 @dataclass
@@ -268,7 +303,8 @@ class RunFolder:
 
     def __init__(self, config, accelerator):
         self.main, self.started, self.steps = accelerator.is_main_process, time.perf_counter(), config.steps
-        self.seconds, self.device = 0.0, accelerator.device       # seconds spent in steps
+        self.seconds, self.timed, self.device = 0.0, 0, accelerator.device      # seconds spent in that many steps
+        self.save_every, self.keep_last, self.resumed = config.save_every, config.keep_last, config.resume is not None
         made = self.make(config) if self.main else None
         # Every process must see the same folder, and stop with the main one if there is none.
         folder, problem = accelerate.utils.broadcast_object_list([made])[0]
@@ -281,6 +317,8 @@ class RunFolder:
         folder = Path(config.output_dir or f"runs/{Path(config.model_name).name}-N")
         versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
         try:
+            if self.resumed:
+                return str(folder), None
             if config.output_dir is None:
                 folder = first_free(f"runs/{Path(config.model_name).name}")
             elif not unused(folder):
@@ -303,12 +341,68 @@ class RunFolder:
         flat = {k: v.tolist() if torch.is_tensor(v) else v for k, v in stats.items() if not torch.is_tensor(v) or "_dist" in k}
         self.metrics.write(json.dumps({"step": step, **flat}) + "\n")
         self.metrics.flush()
-        self.seconds += seconds
-        left = int(self.seconds / step * (self.steps - step))
+        self.seconds, self.timed = self.seconds + seconds, self.timed + 1
+        left = int(self.seconds / self.timed * (self.steps - step))
         tokens = sum(stats["tokens/responses_dist"].tolist())
         self.say(f"step {step:4d}/{self.steps}  score {stats['ppo/mean_raw_scores']:6.3f}  KL {stats['objective/kl']:6.2f}  "
                  f"KL coef {stats['objective/kl_coef']:.4f}  length {stats['tokens/responses_len_mean']:5.1f}  "
                  f"{tokens / seconds:5.0f} tokens/s  {left // 60:3d}:{left % 60:02d} left")
+
+    def remember_before(self, evaluate):
+        """The evaluation before the first step: made once, and kept in before.json for a run that is resumed."""
+        path = self.folder / "before.json"
+        if self.resumed and path.is_file():
+            return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+        before = evaluate()
+        if self.main:
+            replace_file(path, json.dumps(dataclasses.asdict(before)))
+        return before
+
+    def save(self, trainer, step):
+        """A checkpoint every `save_every` steps. An older one goes only when the new one has been read back."""
+        if not self.save_every or step % self.save_every:
+            return
+        folder = self.folder / "checkpoints" / f"step-{step:06d}"
+        trainer.save_checkpoint(folder)
+        problem = distributed.damage(folder) if self.main else None
+        if problem is not None:
+            raise ValueError(f"{folder} was just written and is already damaged: {problem}; the disk cannot be trusted")
+        for old in self.checkpoints()[self.keep_last:] if self.main else []:
+            shutil.rmtree(old)
+
+    def checkpoints(self):
+        """Newest first."""
+        return sorted((self.folder / "checkpoints").glob("step-" + "[0-9]" * 6), reverse=True)
+
+    def restore(self, trainer):
+        """Into `trainer`, the newest whole checkpoint of a resumed run. -> the step it was made after; 0 = from the start."""
+        if not self.resumed:
+            return 0
+        newest = self.newest_whole() if self.main else None
+        newest, = accelerate.utils.broadcast_object_list([newest])
+        if newest is not None:
+            trainer.load_checkpoint(newest)
+        done = trainer.steps_done
+        self.say(f"resuming after step {done}")
+        if self.main:
+            path = self.folder / "metrics.jsonl"        # what was recorded after the checkpoint is done again
+            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            replace_file(path, "".join(f"{line}\n" for line in lines[:done]))
+            self.metrics = open(path, "a", encoding="utf-8")
+        return done
+
+    def newest_whole(self):
+        """-> folder or None. Damaged ones are said, and put aside under another name: their step will be saved again."""
+        for folder in self.checkpoints():
+            problem = distributed.damage(folder)
+            if problem is None:
+                return str(folder)
+            aside = folder.with_name(f"{folder.name}.damaged")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            self.say(f"passing over {folder}: {problem}; kept as {aside.name}")
+        return None
 
     def finish(self, before, after, state_bytes):
         if not self.main:
@@ -326,6 +420,14 @@ class RunFolder:
         self.say(f"before: {before}\nafter:  {after}, KL {summary['kl']:.2f} nats\n{summary['seconds']:.0f} s, peak memory "
                  f"{summary['peak memory bytes'] / 1e6:.0f} MB; the model is in {self.folder / 'final'}, see also "
                  f"{self.folder / 'curves.png'} and samples.md")
+
+
+def replace_file(path, text):
+    """The old file or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    distributed.to_disk(partial)
+    os.replace(partial, path)
 
 
 def first_free(prefix):

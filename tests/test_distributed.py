@@ -96,3 +96,82 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_command_that_installs
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else original(name, *a))
     with pytest.raises(ValueError, match="pip install wandb"):
         distributed.start(log_with="wandb", cpu=True)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoint folders
+
+
+def filled(folder):
+    with distributed.whole_folder(distributed.start(cpu=True), folder) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "weights").write_bytes(bytes(range(256)) * 100)
+        (partial / "numbers.json").write_text("{}")
+    return folder
+
+
+def test_a_whole_folder_is_whole_has_the_modes_of_the_umask_and_leaves_nothing_beside_it(tmp_path):
+    old = os.umask(0o027)
+    try:
+        folder = filled(tmp_path / "state")
+    finally:
+        os.umask(old)
+    assert distributed.damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert (folder / "sub" / "weights").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_that_was_not_finished_is_not_there_and_the_next_one_takes_its_place(tmp_path):
+    with pytest.raises(KeyError), distributed.whole_folder(distributed.start(cpu=True), tmp_path / "state") as partial:
+        (partial / "left over").write_text("from a run that was killed")
+        raise KeyError
+    assert not (tmp_path / "state").exists()
+    assert distributed.damage(filled(tmp_path / "state")) is None and not list(tmp_path.rglob("left over"))
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path):
+    folder = filled(tmp_path / "state")
+    with pytest.raises(ValueError, match="is there already"):
+        filled(folder)
+    assert distributed.damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def flip(path, position=-1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda f: flip(f / "sub" / "weights", 1234), "sub/weights is not what was written"),
+    (lambda f: (f / "sub" / "weights").write_bytes(b"short"), "has 5 bytes instead of 25600"),
+    (lambda f: (f / "numbers.json").unlink(), "numbers.json is missing"),
+    (lambda f: (f / "foreign").write_text(""), "foreign is not in its manifest"),
+    (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
+    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_damage_is_found_and_named(harm, words, tmp_path):
+    folder = filled(tmp_path / "state")
+    harm(folder)
+    assert words in distributed.damage(folder)
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    folder = filled(tmp_path / "state")
+    for name in ("manifest.json", "numbers.json", "sub/weights"):
+        whole = (folder / name).read_bytes()
+        for position in range(0, len(whole), max(1, len(whole) // 50)):
+            for bit in range(8):
+                flipped = bytearray(whole)
+                flipped[position] ^= 1 << bit
+                (folder / name).write_bytes(flipped)
+                # white space between the manifest's entries means nothing, so it may change unseen
+                same = name == "manifest.json" and same_json(whole, flipped)
+                assert same or distributed.damage(folder) is not None, (name, position, bit)
+        (folder / name).write_bytes(whole)
+
+
+def same_json(one, other):
+    try:
+        return json.loads(one) == json.loads(bytes(other))
+    except ValueError:
+        return False

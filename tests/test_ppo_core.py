@@ -6,6 +6,7 @@ that holds in exact arithmetic must hold here to a few units of the last digit.
 import copy
 import json
 import logging
+import random
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 import distributed
+from optim import make_optimizer, make_schedule, pack_state, trainable_parameters
 from ppo_core import (LengthSampler, PPOConfig, PPOTrainer, collate, disable_dropout, entropy_from_logits, gae,
                       logprobs_from_logits, masked_mean, masked_var, masked_whiten, policy_loss, sampling_arguments, take,
                       value_loss)
@@ -27,6 +29,7 @@ GOLDEN = Path(__file__).parent / "golden"
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+    random.seed(0)
 
 
 def tokenizer():
@@ -806,6 +809,80 @@ def test_a_quantized_reference_is_left_as_it_was_and_its_offset_is_said_once(bit
 def test_a_quantized_policy_is_refused():
     with pytest.raises(ValueError, match="0 of its quantized weights can be trained"):
         PPOTrainer(config(), review_lm(8), None, tokenizer())
+
+
+def resumable(optimizer, seed=0):
+    distributed.seed_everything(seed)
+    model = tiny("bloom")
+    made = make_optimizer(optimizer, trainable_parameters(model), 1e-3, adam_learning_rate=1.0)
+    return PPOTrainer(config(adap_kl_ctrl=True, use_score_scaling=True, mini_batch_size=2), model, None, tokenizer(), optimizer=made,
+                      lr_scheduler=make_schedule("cosine", made, 10))
+
+
+def some_steps(trainer, count):
+    """Rollout and step, with scores from Python's generator. -> everything that a run would show."""
+    shown = []
+    for _ in range(count):
+        queries = ragged()[0]
+        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=5)
+        stats = trainer.step(queries, responses, [random.random() for _ in queries])
+        numbers = {k: v for k, v in stats.items() if isinstance(v, float) and not k.startswith("time/")}
+        shown.append(([r.tolist() for r in responses], numbers))
+    return shown
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lion", "adam8bit"])
+def test_a_restored_trainer_goes_on_bit_for_bit(optimizer, tmp_path):
+    trainer = resumable(optimizer)
+    some_steps(trainer, 2)
+    trainer.save_checkpoint(tmp_path / "state")
+    expected = some_steps(trainer, 3)
+    twin = resumable(optimizer, seed=1)
+    some_steps(twin, 1)                                         # it stands elsewhere in every respect
+    twin.load_checkpoint(tmp_path / "state")
+    assert some_steps(twin, 3) == expected and distance(weights(twin), weights(trainer)) == 0
+    ours, theirs = pack_state(twin.optimizer)[0], pack_state(trainer.optimizer)[0]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("item", ["model", "optimizer", "lr_scheduler", "kl_coef", "score_moments", "steps_done", "python", "numpy", "torch"])
+def test_every_saved_item_is_needed(item, tmp_path):
+    """What is not restored shows: the run that follows is another one. So nothing in a checkpoint is there for show."""
+    trainer = resumable("adam")
+    some_steps(trainer, 2)
+    trainer.save_checkpoint(tmp_path / "state")
+    expected = (some_steps(trainer, 2), trainer.steps_done)
+    twin = resumable("adam", seed=1)
+    some_steps(twin, 1)
+    kept = {"model": weights(twin), "optimizer": copy.deepcopy(twin.optimizer.state_dict()), "kl_coef": twin.kl_ctl.value, "steps_done": 1,
+            "lr_scheduler": copy.deepcopy(twin.lr_scheduler.state_dict()), "score_moments": twin.score_moments.state_dict(),
+            "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}[item]
+    twin.load_checkpoint(tmp_path / "state")
+    {"model": twin.model.load_state_dict, "optimizer": twin.optimizer.load_state_dict, "torch": torch.set_rng_state,
+     "lr_scheduler": twin.lr_scheduler.load_state_dict, "kl_coef": lambda value: setattr(twin.kl_ctl, "value", value),
+     "score_moments": twin.score_moments.load_state_dict, "steps_done": lambda value: setattr(twin, "steps_done", value),
+     "python": random.setstate, "numpy": np.random.set_state}[item](kept)
+    assert (some_steps(twin, 2), twin.steps_done) != expected
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_or_a_damaged_one_is_refused(tmp_path):
+    trainer = resumable("adam")
+    some_steps(trainer, 1)
+    trainer.save_checkpoint(tmp_path / "state")
+    with pytest.raises(ValueError, match="it is of another model"):
+        make("gpt2").load_checkpoint(tmp_path / "state")
+    model = tiny("bloom")
+    few = torch.optim.Adam(list(model.parameters())[:3])
+    with pytest.raises(ValueError, match=r"groups of \[\d+\] parameters but this one has \[3\]"):
+        PPOTrainer(config(), model, None, tokenizer(), optimizer=few).load_checkpoint(tmp_path / "state")
+    weights_file = tmp_path / "state" / "model" / "model.safetensors"
+    flipped = bytearray(weights_file.read_bytes())
+    flipped[-100] ^= 1
+    weights_file.write_bytes(flipped)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="cannot be loaded: model/model.safetensors is not what was written"):
+        trainer.load_checkpoint(tmp_path / "state")
+    assert distance(weights(trainer), before) == 0
 
 
 def test_all_phases_are_timed():

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,97 @@ def test_a_row_of_the_feature_table_is_a_run_and_a_failed_row_says_why(tmp_path,
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert len(cells) == 7 and cells[0] == "8-bit Adam" and "→" in cells[1] and 8 < float(cells[6].removesuffix(" MB")) < 10
     assert "failed: error: " in bench.measure("adam8bit", 1, tmp_path) and "already has a run" in bench.measure("adam8bit", 1, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ a run that was killed
+
+
+SIX = [*SMALL, "--steps", "6", "--save_every", "2"]
+
+
+def numbers(folder):
+    """metrics.jsonl without the seconds."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+def killed_run(folder, step):
+    """A real run in a process of its own, killed as soon as it has said step number `step`."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "scripts" / "train.py"), *SIX, "--output_dir", str(folder)],
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.split()[:2] == ["step", f"{step}/6"]:
+            process.kill()
+    assert process.wait(60) == -9
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train.main([*SIX, "--output_dir", str(folder)])
+    return folder
+
+
+def same_end(folder, undisturbed):
+    files = ("final/model.safetensors", "samples.md", "checkpoints/step-000006/optimizer.safetensors", "checkpoints/step-000006/trainer.json")
+    assert [(folder / name).read_bytes() == (undisturbed / name).read_bytes() for name in files] == [True] * len(files)
+    assert numbers(folder) == numbers(undisturbed)
+
+
+def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
+    killed_run(tmp_path / "run", 5)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "torn')
+    train.main(["--resume", str(tmp_path / "run")])
+    same_end(tmp_path / "run", undisturbed)
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-000006"
+    (newest / "trainer.json").write_text("{}")
+    train.main(["--resume", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert f"passing over {newest}: trainer.json has 2 bytes instead of" in out and "resuming after step 4" in out
+    assert (tmp_path / "run" / "checkpoints" / "step-000006.damaged" / "trainer.json").read_text() == "{}"
+    same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_run_without_a_whole_checkpoint_begins_again(undisturbed, tmp_path, capsys):
+    shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("manifest.json"))
+    train.main(["--resume", str(tmp_path / "run")])
+    assert "resuming after step 0" in capsys.readouterr().out
+    same_end(tmp_path / "run", undisturbed)
+
+
+def test_resuming_with_another_setting_or_from_no_run_is_refused(undisturbed, tmp_path):
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="where ppo_epochs is 1, not 2; leave --ppo_epochs out"):
+        train.main(["--resume", str(undisturbed), "--ppo_epochs", "2"])
+    with pytest.raises(ValueError, match="config.json cannot be read .*name a folder that a run was made in"):
+        train.main(["--resume", str(tmp_path)])
+    assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("flags, words", [(["--keep_last", "1"], "keep_last is 1; use at least 0 and at least 2"),
+                                          (["--save_every", "-1"], "save_every is -1")])
+def test_fewer_than_two_checkpoints_are_refused(flags, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train.main([*SMALL, "--output_dir", str(tmp_path / "run"), *flags])
+
+
+def test_prompts_are_dealt_out_once_per_pass_whatever_the_number_of_processes():
+    class Process:
+        def __init__(self, index, count):
+            self.process_index, self.num_processes = index, count
+    prompts = list(range(50))
+    one = [train.prompts_of_step(prompts, step, train.RunConfig(batch_size=8), Process(0, 1)) for step in range(1, 13)]
+    first, second = (sum(one[i:i + 6], []) for i in (0, 6))
+    assert len(set(first)) == len(set(second)) == 48 and first != second and first != sorted(first)
+    two = [train.prompts_of_step(prompts, step, train.RunConfig(batch_size=4), Process(rank, 2)) for step in (1, 2) for rank in (0, 1)]
+    assert sum(two, []) == sum(one[:2], [])
+    assert train.prompts_of_step(prompts, 1, train.RunConfig(batch_size=8, seed=1), Process(0, 1)) != one[0]
 
 
 def test_prompts_that_repeat_count_once():
