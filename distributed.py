@@ -195,7 +195,8 @@ def prepare_reference(accelerator, model, movable=True):
     settings = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     settings["zero_optimization"].pop("offload_optimizer", None)        # it has none
     engine, *_ = deepspeed.initialize(model=model, config=settings)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 @contextmanager

@@ -27,7 +27,11 @@ def make_optimizer(name, model):
     if name == "adam8bit":
         from bitsandbytes.optim import Adam8bit
         return Adam8bit(model.parameters(), lr=RATES[name])
-    return optim.make_optimizer(name, model.parameters(), RATES[name])
+    optimizer = optim.make_optimizer(name, model.parameters(), RATES[name])
+    for group in optimizer.param_groups:
+        if name == "adam":
+            group["eps"] = 1e-6      # some gradients are 0 but for rounding (a key's bias), and Adam makes them steps of full size
+    return optimizer
 
 
 def make(settings, optimizer="sgd", shared=None):
