@@ -37,6 +37,8 @@ def make_optimizer(name, model):
 def make(settings, optimizer="sgd", shared=None):
     AcceleratorState._reset_state(reset_partial_state=True)     # each job is a run of its own
     accelerator = distributed.start(cpu=True)
+    if distributed.zero_stage(accelerator) == 3:                # DeepSpeed keeps what is small whole: all of this model
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     distributed.seed_everything(0)
     model = tiny()
     optimizer = make_optimizer(optimizer, model)
