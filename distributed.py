@@ -222,9 +222,18 @@ def unwrapped_for_generation(accelerator, model, gather=True):
             sharding.setup_zero_stage3_hooks()
 
 
-def generates_in_step(accelerator, gather=True):
-    """True when a forward pass is a collective operation: then all must go on until the last has written its EOS."""
-    return zero_stage(accelerator) == 3 and not gather and accelerator.num_processes > 1
+def generates_in_step(accelerator, gather=True, batches=1):
+    """True when a forward pass is a collective operation: then all must go on until the last has written its EOS.
+
+    batches: how many this process is about to write. ValueError when they differ: some would wait for ever.
+    """
+    if zero_stage(accelerator) < 3 or gather or accelerator.num_processes == 1:
+        return False
+    counts = gather_lists(accelerator, [batches])
+    if len(set(counts)) > 1:
+        raise ValueError(f"the processes write {counts} batches, but layer by layer all must write the same number; give each as "
+                         "many queries, or set ds3_gather_for_generation=True")
+    return True
 
 
 def full_state_dict(accelerator, model):
@@ -274,16 +283,24 @@ def backward(accelerator, model, loss):
 
 
 def take_step(accelerator, model, optimizer, max_grad_norm=None):
-    """One optimizer step with the gradients added so far. -> their norm over all processes, before clipping."""
+    """One optimizer step with the gradients added so far. -> their norm over all processes, before clipping.
+
+    None when the norm is not finite: then nothing was changed, and the gradients are still there to be dropped.
+    """
     if accelerator.state.deepspeed_plugin is not None:
         model.step()                            # clips by the value that prepare_model put into its settings, and forgets
-        return float(model.get_global_grad_norm())
+        return finite(model.get_global_grad_norm())
     # A list, not an iterator: that would be empty from the second step on.
     parameters = [p for p in model.parameters() if p.requires_grad]
-    norm = float(accelerator.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm))
-    optimizer.step()
-    optimizer.zero_grad()
+    norm = finite(accelerator.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm))
+    if norm is not None:
+        optimizer.step()
+        optimizer.zero_grad()
     return norm
+
+
+def finite(number):
+    return float(number) if np.isfinite(float(number)) else None
 
 
 def drop_step(accelerator, model, optimizer):

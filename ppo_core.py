@@ -335,7 +335,8 @@ class PPOTrainer:
         self.accelerator = accelerator or distributed.start(log_with=config.log_with)
         self.reduce = distributed.sum_over_processes(self.accelerator)
         if ref_model is None:
-            ref_model = reference.create_reference_model(model, num_shared_layers)
+            with distributed.whole_weights(model):
+                ref_model = reference.create_reference_model(model, num_shared_layers)
         for each in (model, ref_model):
             disable_dropout(each)
         if config.gradient_checkpointing:
@@ -396,7 +397,7 @@ class PPOTrainer:
         if not all(torch.is_tensor(q) and q.ndim == 1 and len(q) > 0 for q in queries):
             raise ValueError(f"queries must be tensors of shape (Q,) with at least 1 token each, got {describe(queries)}")
         arguments = sampling_arguments(self.config.temperature, generation_kwargs, allow_other_distribution)
-        arguments["synced_gpus"] = generates_in_step(self.accelerator, gather)
+        arguments["synced_gpus"] = generates_in_step(self.accelerator, gather, batches=-(-len(queries) // batch_size))
         results = []
         for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
             responses = []
@@ -599,13 +600,16 @@ class PPOTrainer:
                 backward(self.accelerator, self.model, loss / tokens.clamp(min=1) * processes)
             sums += terms
             ratios.append(ratio)
-        ratio_sum = self.reduce(sums[TERMS.index("policy/ratio_mean")].clone())
-        skip = not (tokens > 0 and ratio_sum / tokens <= self.config.ratio_threshold)      # `not <=`: NaN is skipped too
+        # Over all processes: all step or none does.
+        ratio, *losses = self.reduce(sums[[TERMS.index(name) for name in ("policy/ratio_mean", "loss/policy", "loss/value")]])
+        skip = not (tokens > 0 and ratio / tokens <= self.config.ratio_threshold and all(loss.isfinite() for loss in losses))
         norm = 0.0
+        if not skip:
+            norm = take_step(self.accelerator, self.model, self.optimizer, self.config.max_grad_norm)
+            skip = norm is None                             # infinite gradients of a finite loss
         if skip:
             drop_step(self.accelerator, self.model, self.optimizer)
-        else:
-            norm = take_step(self.accelerator, self.model, self.optimizer, self.config.max_grad_norm)
+            norm = 0.0
         own = batch["mask"][index].sum()
         main = float(self.accelerator.is_main_process)
         return torch.cat([sums, torch.tensor([own, skip * main, norm * main], dtype=torch.float64, device=sums.device)]), \

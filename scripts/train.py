@@ -223,12 +223,14 @@ class Evaluation:
 
 def evaluate(trainer, reward, prompts):
     """-> Evaluation. Its random numbers are its own, so that training is the same with and without it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1234)
-        responses = trainer.generate([p["tokens"] for p in prompts], batch_size=100, return_prompt=False,
-                                     max_new_tokens=trainer.config.max_new_tokens)
-    texts = decode_responses(trainer.tokenizer, [p["tokens"] for p in prompts], responses)
-    return Evaluation([p["text"] for p in prompts], texts, rewards.score_texts(reward, [p["text"] for p in prompts], texts))
+    queries, starts = [p["tokens"] for p in prompts], [p["text"] for p in prompts]
+    with distributed.phase(trainer.accelerator, "evaluation"):
+        with torch.random.fork_rng():
+            torch.manual_seed(1234)
+            responses = trainer.generate(queries, batch_size=100, return_prompt=False,
+                                         max_new_tokens=trainer.config.max_new_tokens)
+        texts = decode_responses(trainer.tokenizer, queries, responses)
+        return Evaluation(starts, texts, rewards.score_texts(reward, starts, texts))
 
 
 def plan(config, accelerator, model, ref_model):
