@@ -4,6 +4,7 @@
 Started alone, by torch.distributed.run or by accelerate launch. One start for many jobs: starting takes longer than the jobs.
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from test_ppo_core import ragged, tiny, tokenizer
 
 TOTAL = 8
 LENGTHS, QUERIES = (1, 7, 3, 5, 0, 9, 2, 4), (2, 6, 3, 4, 5, 2, 3, 6)
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
 RATES = {"sgd": 0.05, "adam": 1e-3, "lion": 1e-3, "adam8bit": 1e-3}
 
 
@@ -34,7 +36,7 @@ def make_optimizer(name, model):
     return optimizer
 
 
-def make(settings, optimizer="sgd", shared=None):
+def make(settings, optimizer="sgd", shared=None, dataset=None):
     AcceleratorState._reset_state(reset_partial_state=True)     # each job is a run of its own
     accelerator = distributed.start(cpu=True)
     if distributed.zero_stage(accelerator) == 3:                # DeepSpeed keeps what is small whole: all of this model
@@ -44,7 +46,7 @@ def make(settings, optimizer="sgd", shared=None):
     optimizer = make_optimizer(optimizer, model)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     trainer = PPOTrainer(PPOConfig(**settings), model, None, tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
-                         num_shared_layers=shared, accelerator=accelerator)
+                         num_shared_layers=shared, accelerator=accelerator, dataset=dataset, data_collator=list)
     np.random.seed(accelerator.process_index)                   # each rank shuffles its own share
     return trainer
 
@@ -84,9 +86,13 @@ def train(settings, optimizer="sgd", steps=3, lengths=LENGTHS, write_first=False
         if write_first:
             greedy(trainer)     # a rollout between the updates must leave the sharding as it was
         found.append(step(trainer, seed, lengths))
+    result = {"steps": found, "kl_coef": trainer.kl_ctl.value}
     if save:
         trainer.save_pretrained(save)
-    return {"steps": found, "kl_coef": trainer.kl_ctl.value}, weights_of(trainer)
+        with torch.no_grad():
+            logits, _, values = trainer.model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+        result.update(logits=logits.tolist(), values=values.tolist())
+    return result, weights_of(trainer)
 
 
 def skip(settings, optimizer="adam"):
@@ -107,15 +113,90 @@ def skip(settings, optimizer="adam"):
 def write(settings, gather=True):
     """Greedy text, sampled text, and text of which the first rank ends at once while the others go on."""
     trainer = make({**settings, "ds3_gather_for_generation": gather})
-    gathers = count_gathers() if distributed.zero_stage(trainer.accelerator) == 3 else []
+    sharded = distributed.zero_stage(trainer.accelerator) == 3
+    gathers = count_gathers() if sharded else []
     text = greedy(trainer)
     gathers = len(gathers)
     rank = trainer.accelerator.process_index
+    held = sum(p.numel() for m in (trainer.model, trainer.ref_model) for p in trainer.accelerator.unwrap_model(m).parameters())
     uneven = greedy(trainer, eos=list(range(200)) if rank == 0 else 10 ** 6)
     distributed.seed_everything(3, rank=rank)
     sampled = trainer.generate([torch.tensor([5, 6, 7])] * 4, return_prompt=False, max_new_tokens=6)
     return {"greedy": distributed.gather_lists(trainer.accelerator, text), "gathers": gathers, "uneven": [len(r) for r in uneven],
-            "sampled": [r.tolist() for r in sampled]}, {}
+            "sampled": [r.tolist() for r in sampled], "held": held, "refused": refused_batches(trainer)}, {}
+
+
+def refused_batches(trainer):
+    """-> what is said when one rank has more to write than the other, where that would hang."""
+    if trainer.config.ds3_gather_for_generation:
+        return None
+    queries = [torch.tensor([5, 6])] * (2 + 2 * trainer.accelerator.process_index)
+    try:
+        trainer.generate(queries, batch_size=2, max_new_tokens=2)
+        return None
+    except ValueError as error:
+        return str(error)
+
+
+def sampled_run(settings):
+    """Two whole steps: prompts from the loader, sampled responses, scores that depend on them."""
+    prompts = [torch.tensor([5 + i, 6, 7]) for i in range(4 * TOTAL)]
+    trainer = make(settings, dataset=prompts)
+    distributed.seed_everything(0, rank=trainer.accelerator.process_index)
+    found = []
+    for _, queries in zip(range(2), trainer.dataloader):
+        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
+        stats = trainer.step(queries, responses, [float(r.float().mean()) / 50 for r in responses])
+        found.append({"prompts": [int(q[0]) for q in queries], "responses": [r.tolist() for r in responses],
+                      "kl": stats["objective/kl"], "loss": stats["ppo/loss/total"]})
+    return {"steps": found}, weights_of(trainer)
+
+
+def infinite_loss(settings):
+    """Values that overflow on one rank make a loss that is not finite there: no rank may step."""
+    trainer = make(settings)
+    before, forward = weights_of(trainer), trainer.forward
+    bad = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
+
+    def overflow(model, rows):
+        logprobs, values, logits = forward(model, rows)
+        return logprobs, values * (float("inf") if bad and torch.is_grad_enabled() else 1.0), logits
+    trainer.forward = overflow
+    stats = step(trainer)
+    after = weights_of(trainer)
+    return {"skipped": stats["ppo/skipped_steps"], "of": stats["ppo/optimizer_steps"],
+            "moved": max((float((after[k] - before[k]).abs().max()) for k in before), default=0.0)}, {}
+
+
+def reward_model(settings):
+    """The documentation page's snippet and our helper, and what they load; without DeepSpeed there is nothing to switch off."""
+    trainer = make(settings)
+    held = {"plain": sum(p.numel() for p in tiny().parameters())}
+    ds_plugin = trainer.accelerator.state.deepspeed_plugin
+    if ds_plugin is not None and ds_plugin.is_zero3_init_enabled():
+        with ds_plugin.zero3_init_context_manager(enable=False):
+            held["page"] = sum(p.numel() for p in tiny().parameters())
+    with distributed.zero3_init_disabled(trainer.accelerator):
+        held["helper"] = sum(p.numel() for p in tiny().parameters())
+    return held, {}
+
+
+def conflict(settings):
+    """A DeepSpeed config that says something else than PPOConfig. -> what the constructor says."""
+    original, messages = distributed.start, []
+    for name, value in (("gradient_clipping", 0.25), ("train_micro_batch_size_per_gpu", 3), ("gradient_accumulation_steps", 7)):
+        def start(**kwargs):
+            accelerator = original(**kwargs)
+            if accelerator.state.deepspeed_plugin is not None:
+                accelerator.state.deepspeed_plugin.deepspeed_config[name] = value
+            return accelerator
+        distributed.start = start
+        try:
+            make(settings)
+        except ValueError as error:
+            messages.append(str(error))
+    distributed.start = original
+    return {"messages": messages}, {}
 
 
 def count_gathers():
@@ -143,20 +224,12 @@ def refuse(settings):
     return {"message": message, "score": step(trainer)["ppo/mean_scores"]}, {}
 
 
-def construct(settings):
-    """-> what the constructor says, or "runs"."""
-    try:
-        make(settings)
-        return {"message": "runs"}, {}
-    except ValueError as error:
-        return {"message": str(error)}, {}
-
-
-JOBS = {"train": train, "skip": skip, "write": write, "refuse": refuse, "construct": construct}
+JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, refuse, reward_model, conflict)}
 
 
 def main(out, jobs):
     for job in jobs:
+        os.environ.update(job.pop("env", {}))
         found, weights = JOBS[job.pop("do")](**{k: v for k, v in job.items() if k != "name"})
         rank = AcceleratorState().process_index
         if weights:
