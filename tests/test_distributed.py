@@ -144,7 +144,7 @@ def test_every_rank_has_the_same_statistics_and_kl_coefficient_to_the_last_bit(r
 @every_way
 def test_statistics_are_those_of_the_whole_batch(runs, way):
     (one, _), (two, _) = runs("one", "sgd")[0], runs(way, "sgd")[0]
-    assert two["kl_coef"] == pytest.approx(one["kl_coef"], rel=1e-6) and one["kl_coef"] != 0.3
+    assert two["kl_coef"] == pytest.approx(one["kl_coef"], rel=1e-5) and one["kl_coef"] != 0.3
     for step_one, step_two in zip(one["steps"], two["steps"]):
         for key, value in step_one.items():
             assert step_two[key] == pytest.approx(value, rel=1e-4, abs=2e-5), key
@@ -211,7 +211,8 @@ def test_ranks_that_reach_the_end_at_different_steps_do_not_wait_for_ever(runs, 
 @every_way
 def test_a_seed_reproduces_a_run_in_which_each_rank_samples_its_own(runs, way):
     (first, weights), (second, _) = runs(way, "run")
-    assert ((first, weights), second) == ((runs(way, "again")[0][0], pytest.approx(weights)), runs(way, "again")[1][0])
+    assert [first, second] == [found for found, _ in runs(way, "again")]
+    assert distance(runs(way, "again")[0][1], weights) == 0
     for mine, other in zip(first["steps"], second["steps"]):
         assert not set(mine["prompts"]) & set(other["prompts"])
         assert not [r for r in mine["responses"] if r in other["responses"]]
@@ -299,7 +300,7 @@ def test_an_exception_on_one_rank_stops_all_at_once_and_says_where(tmp_path):
                             "--batch_size", "4", "--max_new_tokens", "4", "--eval_prompts", "4", "--output_dir", tmp_path / "run",
                             "--reward_fn", f"{tmp_path / 'reward.py'}:score"], seconds=100)
     assert code != 0 and time.time() - started < 60
-    assert "rank 1 of 2 stops in step 1, (b) score: KeyError: 'no such review'" in output
+    assert "rank 1 of 2 stops in step 1, (b) score: ValueError: the reward function raised KeyError: 'no such review'" in output
     assert not re.search(r"rank 0 of 2 stops in step 1, \(b\)", output)
 
 

@@ -6,6 +6,7 @@ Started alone, by torch.distributed.run or by accelerate launch. One start for m
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,14 +172,19 @@ def infinite_loss(settings):
 def reward_model(settings):
     """The documentation page's snippet and our helper, and what they load; without DeepSpeed there is nothing to switch off."""
     trainer = make(settings)
-    held = {"plain": sum(p.numel() for p in tiny().parameters())}
+    held = {"plain": elements()}
     ds_plugin = trainer.accelerator.state.deepspeed_plugin
     if ds_plugin is not None and ds_plugin.is_zero3_init_enabled():
         with ds_plugin.zero3_init_context_manager(enable=False):
-            held["page"] = sum(p.numel() for p in tiny().parameters())
+            held["page"] = elements()
     with distributed.zero3_init_disabled(trainer.accelerator):
-        held["helper"] = sum(p.numel() for p in tiny().parameters())
+        held["helper"] = elements()
     return held, {}
+
+
+def elements():
+    """What a language model that is loaded now holds in this process."""
+    return sum(p.numel() for p in tiny().pretrained_model.parameters())
 
 
 def conflict(settings):
@@ -229,9 +235,11 @@ JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_
 
 def main(out, jobs):
     for job in jobs:
+        started = time.perf_counter()
         os.environ.update(job.pop("env", {}))
         found, weights = JOBS[job.pop("do")](**{k: v for k, v in job.items() if k != "name"})
         rank = AcceleratorState().process_index
+        print(f"{job['name']}: {time.perf_counter() - started:.1f} s", flush=True)
         if weights:
             save_file(weights, f"{out}-{job['name']}-{rank}.safetensors")
         Path(f"{out}-{job['name']}-{rank}.json").write_text(json.dumps(found))
