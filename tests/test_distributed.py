@@ -37,7 +37,8 @@ def jobs(processes, folder, way):
     """What each way does. Sizes are per process, so that all train on the same 8 responses."""
     size = 8 // processes
     pieces = {"batch_size": size, "mini_batch_size": 2, "gradient_accumulation_steps": size // 2}
-    todo = [{"name": name, "do": "train", "optimizer": name, "settings": {**PLAIN, "batch_size": size}} for name in OPTIMIZERS[2:]]
+    todo = [{"name": name, "do": "train", "optimizer": name, "steps": 1, "settings": {**PLAIN, "batch_size": size}}
+            for name in OPTIMIZERS[2:]]
     todo += [{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": size}, "write_first": True,
               "save": str(folder / f"{way}-final")},
              {"name": "adam", "do": "train", "optimizer": "adam", "settings": {**FULL, "batch_size": size}}]
@@ -53,8 +54,8 @@ def jobs(processes, folder, way):
              {"name": "refuse", "do": "refuse", "settings": {**PLAIN, "batch_size": size}},
              {"name": "write", "do": "write", "settings": {**PLAIN, "batch_size": size}},
              {"name": "conflict", "do": "conflict", "settings": {**PLAIN, "batch_size": size, "max_grad_norm": 0.5}},
-             {"name": "run", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size}},
-             {"name": "again", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size}}]
+             {"name": "run", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
+             {"name": "again", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}}]
     if way == "deepspeed_zero3":
         sharded = {"env": {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}}      # what `zero3_init_flag: true` becomes
         todo += [{"name": "layers", "do": "write", "gather": False, "settings": {**PLAIN, "batch_size": size}},
