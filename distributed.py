@@ -41,6 +41,8 @@ def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, **kw
         raise ValueError(f"log_with is {log_with!r} but that package is not installed; run: pip install {log_with}")
     # A launcher starts several processes on a machine without a GPU, too; unless told, accelerate takes each for a run of its own.
     cpu = cpu or not torch.accelerator.is_available()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # else deepspeed, which transformers imports to save, looks for a GPU aloud
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         cpu = prepare_for_deepspeed(cpu, kwargs)
     return Accelerator(log_with=log_with, mixed_precision=mixed_precision, cpu=cpu,
@@ -55,9 +57,8 @@ def prepare_for_deepspeed(cpu, kwargs):
         if torch.accelerator.is_available():
             raise ValueError(f"the CPU was asked for, but DeepSpeed takes the {torch.accelerator.device_count()} GPU(s) it sees; hide "
                              "them with CUDA_VISIBLE_DEVICES= in front of the command, or leave the CPU flag out")
-        # accelerate takes its own cpu=True for "without DeepSpeed". What works is DeepSpeed's name for the CPU, and a gloo group
-        # that is there before the Accelerator looks for one.
-        os.environ["DS_ACCELERATOR"] = "cpu"
+        # accelerate takes its own cpu=True for "without DeepSpeed". What works is a gloo group that is there before the
+        # Accelerator looks for one.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         PartialState(backend="gloo")
     if not is_initialized():        # a second Accelerator takes over the plugin of the first
@@ -157,6 +158,11 @@ def zero_stage(accelerator):
     return 0 if accelerator.state.deepspeed_plugin is None else accelerator.state.deepspeed_plugin.zero_stage
 
 
+def unwrap(model):
+    """The model inside DDP's wrapper or DeepSpeed's engine. accelerate's own would first import deepspeed, wherever it is installed."""
+    return getattr(model, "module", model)
+
+
 def prepare_model(accelerator, model, optimizer, micro_batch_size, max_grad_norm, accumulation_steps=1):
     """-> model and optimizer as this run needs them: as they are, in DDP, or as a DeepSpeed engine and its optimizer.
 
@@ -206,7 +212,7 @@ def unwrapped_for_generation(accelerator, model, gather=True):
     gather: under ZeRO-3, hold all weights on every process for as long as the context lasts. One exchange per rollout instead of
     one per layer and token, at the price of room for the whole model. False: layer by layer, for a model that has no such room.
     """
-    bare = accelerator.unwrap_model(model)
+    bare = unwrap(model)
     if zero_stage(accelerator) < 3 or not gather or not any(hasattr(p, "ds_id") for p in bare.parameters()):
         yield bare
         return
@@ -238,7 +244,7 @@ def generates_in_step(accelerator, gather=True, batches=1):
 
 def full_state_dict(accelerator, model):
     """All weights, whatever the stage: on the main process (elsewhere it may be empty), on the CPU under ZeRO-3. All must call."""
-    bare = accelerator.unwrap_model(model)
+    bare = unwrap(model)
     if zero_stage(accelerator) < 3:
         return bare.state_dict()
     import deepspeed

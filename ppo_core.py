@@ -437,7 +437,8 @@ class PPOTrainer:
         return [row[:n] for row, n in zip(responses, lengths.tolist())]
 
     def check_positions(self, tokens, query_tokens):
-        limit = getattr(self.accelerator.unwrap_model(self.model).config, "max_position_embeddings", None)
+        from distributed import unwrap
+        limit = getattr(unwrap(self.model).config, "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise ValueError(f"a query of {query_tokens} tokens with its response needs {tokens} positions but the model has "
                              f"{limit}; use at most {max(0, limit - query_tokens)} response tokens or shorter queries")
@@ -709,10 +710,10 @@ class PPOTrainer:
 
     def save_pretrained(self, folder):
         """The policy with its value head and the tokenizer, loadable by from_pretrained. Written by the main process."""
-        from distributed import full_state_dict
+        from distributed import full_state_dict, unwrap
         state = full_state_dict(self.accelerator, self.model)       # from all processes: under ZeRO-3 each has a share
         if self.accelerator.is_main_process:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state_dict=state)
+            unwrap(self.model).save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
