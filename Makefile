@@ -1,11 +1,20 @@
 # plainppo. `make` lists the targets. ARGS= adds flags to a recipe: make train ARGS="--steps 100 --seed 1"
 ARGS ?=
 PYTHON ?= python3
+# NUM_PROCESSES= processes of all machines together; default: one per GPU, or 2 on the CPU where there is none.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c GPU)
+NUM_PROCESSES ?= $(if $(filter 0,$(GPUS)),2,$(GPUS))
+# Several machines: the same command on each, with its MACHINE_RANK (0, 1, ...) and the address of machine 0.
+NUM_MACHINES ?= 1
+MACHINE_RANK ?= 0
+MAIN_ADDRESS ?= 127.0.0.1
+MAIN_PORT ?= 29500
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-smollm2 resume features sharing test assets clean
+.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume features sharing \
+	test assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -20,6 +29,23 @@ train: $(STAMP)  ## train the small review writer to be positive, on a CPU or on
 
 train-smollm2: $(STAMP)  ## the same with SmolLM2-135M, 24 of its 30 layers shared
 	$(BIN)/python scripts/make_assets.py --smollm2 && $(BIN)/python scripts/train.py --model_name .cache/smollm2-135m --num_shared_layers 24 --batch_size 16 --steps 40 --learning_rate 1e-4 --eval_prompts 50 $(ARGS)
+
+LAUNCH = $(BIN)/accelerate launch --config_file scripts/accelerate_configs
+
+train-multi-gpu: $(STAMP)  ## NUM_PROCESSES GPUs of this machine, or CPU processes where there is none
+	$(LAUNCH)/$(if $(filter 0,$(GPUS)),multi_cpu,multi_gpu).yaml --num_processes $(NUM_PROCESSES) scripts/train.py $(ARGS)
+
+train-zero1: $(STAMP)  ## the same, the optimizer's state shared out (DeepSpeed ZeRO-1)
+	$(LAUNCH)/deepspeed_zero1.yaml --num_processes $(NUM_PROCESSES) scripts/train.py $(ARGS)
+
+train-zero2: $(STAMP)  ## and the gradients (ZeRO-2)
+	$(LAUNCH)/deepspeed_zero2.yaml --num_processes $(NUM_PROCESSES) scripts/train.py $(ARGS)
+
+train-zero3: $(STAMP)  ## and the weights (ZeRO-3)
+	$(LAUNCH)/deepspeed_zero3.yaml --num_processes $(NUM_PROCESSES) scripts/train.py $(ARGS)
+
+train-multi-node: $(STAMP)  ## NUM_MACHINES= MACHINE_RANK= MAIN_ADDRESS=, on each machine
+	$(LAUNCH)/multi_node.yaml --num_machines $(NUM_MACHINES) --machine_rank $(MACHINE_RANK) --main_process_ip $(MAIN_ADDRESS) --main_process_port $(MAIN_PORT) --num_processes $(NUM_PROCESSES) scripts/train.py $(ARGS)
 
 resume: $(STAMP)  ## RUN=runs/<name>: go on with a run that was killed
 	$(BIN)/python scripts/train.py --resume $(RUN) $(ARGS)

@@ -1,13 +1,16 @@
-"""One run on one process or on many: set-up, sums over processes, generation, saving, and the device cache.
+"""One run on one process or on many, with or without DeepSpeed: set-up, sums, generation, optimizer steps, saving, device cache.
 
 Why: an update that means the same on 1 and on N processes needs every mean to be a global one. A mean of the ranks' means
 weighs a rank with short responses as much as one with long ones, and a statistic that differs between ranks (the KL
-coefficient, a decision to stop) makes them drift apart or wait for each other for ever.
-Source: accelerate's Accelerator; Rajbhandari et al. 2020 (arXiv 1910.02054) for ZeRO.
+coefficient, a decision to stop) makes them drift apart or wait for each other for ever. DeepSpeed adds one more way to wait:
+under ZeRO-3 a forward pass is a collective operation, so a rank that has finished writing must keep its neighbours company.
+Source: accelerate's Accelerator; Rajbhandari et al. 2020 (arXiv 1910.02054): ZeRO-1 shards the optimizer's state over the
+processes, ZeRO-2 the gradients too, ZeRO-3 also the weights.
 Differs from TRL 0.11.4 in: sums are really reduced (there, all_reduce worked on a copy, and 2 ranks held KL coefficients
-0.1906 and 0.2098 after 3 steps); seeding is one explicit call, before any model is made.
+0.1906 and 0.2098 after 3 steps); seeding is one explicit call, before any model is made; under DeepSpeed accumulation, skipped
+steps and max_grad_norm mean what they mean without it (there, every mini-batch stepped, and clipping was ignored).
 Shapes: `sum_over_processes` keeps the shape of what it is given.
-Copy me: needs torch and accelerate. Tested by tests/test_distributed.py.
+Copy me: needs torch and accelerate, and deepspeed where it is launched with it. Tested by tests/test_distributed.py.
 """
 import gc
 import hashlib
@@ -24,21 +27,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate import Accelerator, PartialState
+from accelerate.state import is_initialized
+from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
+
+# ------------------------------------------------------------------------------------------------------ the machine
 
 logger = logging.getLogger(__name__)
 
 
-def start(log_with=None, project_dir=None, mixed_precision=None, **kwargs):
+def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, **kwargs):
     """The Accelerator of this process: which device, how many processes, which trackers. Call it first, once.
 
-    Gradient accumulation is not accelerate's business here: it divides by the number of mini-batches, and ppo_core divides by
-    tokens. ValueError when the package of the tracker is not installed.
+    The same call serves `python`, `torchrun` and `accelerate launch`, GPUs and CPUs, with and without DeepSpeed. cpu=True stays
+    on the CPU where there is a GPU. Gradient accumulation is not accelerate's business here: it divides by the number of
+    mini-batches, and ppo_core divides by tokens. ValueError: the tracker's package or DeepSpeed is not installed, or the
+    machine cannot do what was asked.
     """
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"log_with is {log_with!r} but that package is not installed; run: pip install {log_with}")
-    return Accelerator(log_with=log_with, mixed_precision=mixed_precision,
+    # A launcher starts several processes on a machine without a GPU, too; unless told, accelerate takes each for a run of its own.
+    cpu = cpu or not torch.accelerator.is_available()
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # else deepspeed, which transformers imports to save, looks for a GPU aloud
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        cpu = prepare_for_deepspeed(cpu, kwargs)
+    return Accelerator(log_with=log_with, mixed_precision=mixed_precision, cpu=cpu,
                        project_config=ProjectConfiguration(project_dir=project_dir) if project_dir else None, **kwargs)
 
 
@@ -54,6 +68,45 @@ def tracker_arguments(log_with, folder):
     return {"wandb": arguments}
 
 
+def prepare_for_deepspeed(cpu, kwargs):
+    """What has to be said before the Accelerator exists. -> the `cpu` to give it; adds the plugin to its `kwargs`."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("this run was launched with DeepSpeed but deepspeed is not installed; run: pip install deepspeed ninja")
+    if cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        if torch.accelerator.is_available():
+            raise ValueError(f"the CPU was asked for, but DeepSpeed takes the {torch.accelerator.device_count()} GPU(s) it sees; hide "
+                             "them with CUDA_VISIBLE_DEVICES= in front of the command, or leave the CPU flag out")
+        # accelerate takes its own cpu=True for "without DeepSpeed". What works is a gloo group that is there before the
+        # Accelerator looks for one.
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        PartialState(backend="gloo")
+    if not is_initialized():        # a second Accelerator takes over the plugin of the first
+        kwargs["deepspeed_plugin"] = Zero3InitPlugin()
+    return False
+
+
+class Zero3InitPlugin(DeepSpeedPlugin):
+    """accelerate's plugin, whose zero3_init_flag also reaches transformers.
+
+    transformers shards what `from_pretrained` loads whenever it has seen a ZeRO-3 config, and accelerate shows it one whatever
+    the flag says. A reward model made inside `zero3_init_context_manager(enable=False)` would still come out as empty tensors.
+    """
+
+    def set_deepspeed_weakref(self):
+        super().set_deepspeed_weakref()
+        if not self.zero3_init_flag:
+            from transformers.integrations import unset_hf_deepspeed_config
+            unset_hf_deepspeed_config()
+
+
+def zero3_init_disabled(accelerator):
+    """Context in which models load whole, as one that is not trained must; without ZeRO-3 they do so anyway."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or not plugin.is_zero3_init_enabled():
+        return nullcontext()
+    return plugin.zero3_init_context_manager(enable=False)
+
+
 def seed_everything(seed, rank=0):
     """Python, numpy and torch. Before the model is made, with rank 0 everywhere: all ranks must get the same value head.
 
@@ -61,6 +114,9 @@ def seed_everything(seed, rank=0):
     """
     for seeder in (random.seed, np.random.seed, torch.manual_seed):      # torch's seeds every device too
         seeder(seed + rank)
+
+
+# ------------------------------------------------------------------------------------------------- between processes
 
 
 def sum_over_processes(accelerator):
@@ -79,14 +135,215 @@ def gather_lists(accelerator, items):
 
 
 @contextmanager
-def unwrapped_for_generation(accelerator, model):
-    """The bare model inside whatever accelerate wrapped around it; DDP's wrapper has no `generate`."""
-    yield accelerator.unwrap_model(model)
+def together(accelerator, kind=ValueError):
+    """A check that may fail on one process: then all stop, each with that process's message. kind: the exception it raises.
+
+    Without it the others would wait for ever in their next sum. Every process must come here; costs one sum of one number.
+    """
+    failure = None
+    try:
+        yield
+    except kind as error:
+        failure = error
+    if accelerator.num_processes > 1:
+        mine = torch.tensor(float(failure is not None), device=accelerator.device)
+        if accelerator.reduce(mine, reduction="sum") > 0:
+            messages = gather_lists(accelerator, [str(failure) if failure is not None else None])
+            raise kind("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(messages) if text is not None)) from failure
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def phase(accelerator, name):
+    """Whatever goes wrong inside is said with the rank and the phase, and goes on its way.
+
+    The process then ends and its launcher ends the others, whose messages (a lost connection) would say nothing by themselves.
+    """
+    try:
+        yield
+    except Exception as error:
+        if accelerator.num_processes > 1:
+            print(f"rank {accelerator.process_index} of {accelerator.num_processes} stops in {name}: {type(error).__name__}: {error}",
+                  file=sys.stderr, flush=True)
+        raise
+
+
+# -------------------------------------------------------------------------------------------------------- models
+
+
+def zero_stage(accelerator):
+    """0 without DeepSpeed; 1, 2, 3."""
+    return 0 if accelerator.state.deepspeed_plugin is None else accelerator.state.deepspeed_plugin.zero_stage
+
+
+def unwrap(model):
+    """The model inside DDP's wrapper or DeepSpeed's engine. accelerate's own would first import deepspeed, wherever it is installed."""
+    return getattr(model, "module", model)
+
+
+def prepare_model(accelerator, model, optimizer, micro_batch_size, max_grad_norm, accumulation_steps=1):
+    """-> model and optimizer as this run needs them: as they are, in DDP, or as a DeepSpeed engine and its optimizer.
+
+    DeepSpeed has settings of its own for what PPOConfig sets; ValueError when its config says something else.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return accelerator.prepare(model, optimizer)
+    settings = plugin.deepspeed_config
+    for name, value, ours in (("gradient_clipping", max_grad_norm or 0.0, "max_grad_norm"),
+                              ("train_micro_batch_size_per_gpu", micro_batch_size, "mini_batch_size"),
+                              ("gradient_accumulation_steps", accumulation_steps, "gradient_accumulation_steps")):
+        said = settings.get(name, "auto")
+        if said not in ("auto", value) and not (name == "gradient_accumulation_steps" and said == 1):
+            raise ValueError(f"{name} is {said} in the DeepSpeed config but {ours} is {value}; "
+                             f"leave {name} out of the config (or 'auto'), or make both equal")
+        settings[name] = value
+    # The caller decides when a step is complete: the number of mini-batches in it varies (the last may be short), and a step may
+    # be dropped. DeepSpeed must then neither count nor divide.
+    settings["gradient_accumulation_steps"], settings["managed_gradient_accumulation"] = 1, False
+    if not isinstance(optimizer, torch.optim.Adam):
+        # Offload would otherwise replace any optimizer, SGD too, by its own Adam without a word.
+        settings["zero_force_ds_cpu_optimizer"] = False
+    return accelerator.prepare(model, optimizer)
+
+
+def prepare_reference(accelerator, model, movable=True):
+    """The frozen reference: on the device; sharded like the policy under ZeRO-3; left alone if it cannot be moved (quantized)."""
+    if not movable:
+        return model
+    if zero_stage(accelerator) < 3:
+        return model.to(accelerator.device)
+    import copy
+
+    import deepspeed
+    settings = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    settings["zero_optimization"].pop("offload_optimizer", None)        # it has none
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    engine.eval()
+    return engine
+
+
+@contextmanager
+def unwrapped_for_generation(accelerator, model, gather=True):
+    """The bare model inside whatever is wrapped around it; neither DDP's wrapper nor DeepSpeed's engine has a `generate`.
+
+    gather: under ZeRO-3, hold all weights on every process for as long as the context lasts. One exchange per rollout instead of
+    one per layer and token, at the price of room for the whole model. False: layer by layer, for a model that has no such room.
+    """
+    bare = unwrap(model)
+    if zero_stage(accelerator) < 3 or not gather or not any(hasattr(p, "ds_id") for p in bare.parameters()):
+        yield bare
+        return
+    import deepspeed
+    sharding = getattr(model.optimizer, "parameter_offload", model.optimizer)
+    with deepspeed.zero.GatheredParameters(list(bare.parameters())):
+        sharding._remove_module_hooks()         # they would give a layer's weights back as soon as it was used
+        sharding.forward_hooks.clear()          # what is removed stays in these lists, and they would grow with every rollout
+        sharding.backward_hooks.clear()
+        try:
+            yield bare
+        finally:
+            sharding.setup_zero_stage3_hooks()
+
+
+def generates_in_step(accelerator, gather=True, batches=1):
+    """True when a forward pass is a collective operation: then all must go on until the last has written its EOS.
+
+    batches: how many this process is about to write. ValueError when they differ: some would wait for ever.
+    """
+    if zero_stage(accelerator) < 3 or gather or accelerator.num_processes == 1:
+        return False
+    counts = gather_lists(accelerator, [batches])
+    if len(set(counts)) > 1:
+        raise ValueError(f"the processes write {counts} batches, but layer by layer all must write the same number; give each as "
+                         "many queries, or set ds3_gather_for_generation=True")
+    return True
+
+
+def full_state_dict(accelerator, model):
+    """All weights, whatever the stage: on the main process (elsewhere it may be empty), on the CPU under ZeRO-3. All must call."""
+    bare = unwrap(model)
+    if zero_stage(accelerator) < 3:
+        return bare.state_dict()
+    import deepspeed
+    state, seen = {}, {}
+    for name, tensor in bare.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor]):           # one at a time: there may be no room for all
+            if accelerator.is_main_process:
+                # a tied weight stays one tensor under two names, as without ZeRO
+                state[name] = seen.setdefault(id(tensor), tensor.detach().cpu().clone())
+    return state
+
+
+def whole_weights(model):
+    """Context in which a model that was loaded in shares (zero3_init_flag) is whole, to copy it; a model that is whole stays so."""
+    parameters = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not parameters:
+        return nullcontext()
+    import deepspeed
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def whole_numel(parameter):
+    """Elements of a parameter, of which ZeRO-3 leaves no more than a share in this process."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+# ------------------------------------------------------------------------------------------------- optimizer steps
 
 
 def accumulate(accelerator, model, last):
     """Context of one backward pass: only the last of an optimizer step exchanges gradients between processes."""
-    return accelerator.no_sync(model) if not last and accelerator.num_processes > 1 else nullcontext()
+    plain = accelerator.num_processes > 1 and accelerator.state.deepspeed_plugin is None
+    return accelerator.no_sync(model) if plain and not last else nullcontext()
+
+
+def backward(accelerator, model, loss):
+    """Adds the gradients of `loss`. accelerate's own would also step, under DeepSpeed, before anyone has looked at the step."""
+    if accelerator.state.deepspeed_plugin is None:
+        accelerator.backward(loss)
+    else:
+        model.backward(loss)
+
+
+def take_step(accelerator, model, optimizer, max_grad_norm=None):
+    """One optimizer step with the gradients added so far. -> their norm over all processes, before clipping.
+
+    None when the norm is not finite: then nothing was changed, and the gradients are still there to be dropped.
+    """
+    if accelerator.state.deepspeed_plugin is not None:
+        model.step()                            # clips by the value that prepare_model put into its settings, and forgets
+        return finite(model.get_global_grad_norm())
+    # A list, not an iterator: that would be empty from the second step on.
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    norm = finite(accelerator.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm))
+    if norm is not None:
+        optimizer.step()
+        optimizer.zero_grad()
+    return norm
+
+
+def finite(number):
+    return float(number) if np.isfinite(float(number)) else None
+
+
+def drop_step(accelerator, model, optimizer):
+    """Forget the gradients added so far: weights and optimizer state stay as they were, which a zero gradient would not do."""
+    optimizer.zero_grad()
+    if accelerator.state.deepspeed_plugin is None:
+        return
+    zero = model.optimizer
+    zero.zero_grad()
+    # zero_grad leaves the shares that were already exchanged, and the next backward pass would add to them.
+    for shares in (getattr(zero, "averaged_gradients", {}), getattr(zero, "all_grad_tensors", {})):
+        for group in shares:
+            shares[group] = None
+    if getattr(zero, "cpu_offload", False):     # ZeRO-1 and 2; ZeRO-3's zero_grad starts its count anew
+        zero.micro_step_id, zero._offload_accumulated_param_ids = -1, set()
+
+
+# ------------------------------------------------------------------------------------------------------- memory
 
 
 def clear_device_cache(device):

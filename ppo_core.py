@@ -84,6 +84,8 @@ class PPOConfig:
     # ---- memory
     optimize_device_cache: bool = knob(False, "empty the device's cache between phases: less memory, some time")
     optimize_cuda_cache: Optional[bool] = knob(None, "older name of optimize_device_cache")
+    ds3_gather_for_generation: bool = knob(True, "under ZeRO-3, gather all weights once per rollout; False: layer by layer, "
+                                                 "slower, for a model that does not fit whole")
 
     def __post_init__(self):
         if self.mini_batch_size is None:
@@ -335,7 +337,8 @@ class PPOTrainer:
         self.accelerator = accelerator or distributed.start(log_with=config.log_with)
         self.reduce = distributed.sum_over_processes(self.accelerator)
         if ref_model is None:
-            ref_model = reference.create_reference_model(model, num_shared_layers)
+            with distributed.whole_weights(model):
+                ref_model = reference.create_reference_model(model, num_shared_layers)
         for each in (model, ref_model):
             disable_dropout(each)
         if config.gradient_checkpointing:
@@ -352,9 +355,10 @@ class PPOTrainer:
         check_optimizer(optimizer, lr_scheduler, model)
         # The scheduler stays out of `prepare`: accelerate's wrapper steps it once per process.
         self.lr_scheduler = lr_scheduler
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.ref_model = ref_model.to(self.accelerator.device) if not quantized(ref_model) else ref_model
-        self.trunk = reference.SharedTrunk(self.accelerator.unwrap_model(self.model), self.ref_model)
+        self.model, self.optimizer = distributed.prepare_model(self.accelerator, model, optimizer, config.mini_batch_size,
+                                                               config.max_grad_norm, config.gradient_accumulation_steps)
+        self.ref_model = distributed.prepare_reference(self.accelerator, ref_model, movable=not quantized(ref_model))
+        self.trunk = reference.SharedTrunk(distributed.unwrap(self.model), distributed.unwrap(self.ref_model))
         self.dataloader = None
         if dataset is not None:
             needed = config.batch_size * self.accelerator.num_processes
@@ -388,27 +392,30 @@ class PPOTrainer:
         leaves the prompt out. generate_ref_response=True: -> (responses, responses of the reference).
         ValueError: settings that would change the distribution (see sampling_arguments), or more tokens than positions.
         """
+        from distributed import generates_in_step, unwrapped_for_generation
         one = torch.is_tensor(query_tensor)
         if one and query_tensor.ndim != 1:
             raise ValueError(f"query_tensor has {query_tensor.ndim} dimensions; give a tensor of shape (Q,) or a list of them")
         queries = [query_tensor] if one else query_tensor
+        gather = self.config.ds3_gather_for_generation
         if not all(torch.is_tensor(q) and q.ndim == 1 and len(q) > 0 for q in queries):
             raise ValueError(f"queries must be tensors of shape (Q,) with at least 1 token each, got {describe(queries)}")
         arguments = sampling_arguments(self.config.temperature, generation_kwargs, allow_other_distribution)
+        arguments["synced_gpus"] = generates_in_step(self.accelerator, gather, batches=-(-len(queries) // batch_size))
         results = []
         for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
             responses = []
-            for start in range(0, len(queries), batch_size):
-                if length_sampler is not None:
-                    arguments["max_new_tokens"] = length_sampler()
-                responses += self.generate_batch(model, queries[start:start + batch_size], arguments)
+            with unwrapped_for_generation(self.accelerator, model, gather) as bare:
+                for start in range(0, len(queries), batch_size):
+                    if length_sampler is not None:
+                        arguments["max_new_tokens"] = length_sampler()
+                    responses += self.generate_batch(bare, queries[start:start + batch_size], arguments)
             whole = [torch.cat([q.to(r.device), r]) if return_prompt else r for q, r in zip(queries, responses)]
             results.append(whole[0].unsqueeze(0) if one else whole)
         return tuple(results) if generate_ref_response else results[0]
 
-    def generate_batch(self, model, queries, arguments):
+    def generate_batch(self, bare, queries, arguments):
         """One left-padded batch. queries: list of (Q_i,) -> list of responses (R_i,), EOS included where one was sampled."""
-        from distributed import unwrapped_for_generation
         from transformers import GenerationConfig
         longest = max(len(q) for q in queries)
         self.check_positions(max(longest + arguments.get("max_new_tokens", 0), arguments.get("max_length", 0)), longest)
@@ -418,7 +425,7 @@ class PPOTrainer:
         attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()                     # (B, Q)
         arguments = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id, **arguments}
         device = self.accelerator.device
-        with unwrapped_for_generation(self.accelerator, model) as bare, self.accelerator.autocast():
+        with self.accelerator.autocast():
             bare.eval()
             shipped, bare.pretrained_model.generation_config = bare.pretrained_model.generation_config, GenerationConfig()
             try:
@@ -434,7 +441,8 @@ class PPOTrainer:
         return [row[:n] for row, n in zip(responses, lengths.tolist())]
 
     def check_positions(self, tokens, query_tokens):
-        limit = getattr(self.accelerator.unwrap_model(self.model).config, "max_position_embeddings", None)
+        from distributed import unwrap
+        limit = getattr(unwrap(self.model).config, "max_position_embeddings", None)
         if limit is not None and tokens > limit:
             raise ValueError(f"a query of {query_tokens} tokens with its response needs {tokens} positions but the model has "
                              f"{limit}; use at most {max(0, limit - query_tokens)} response tokens or shorter queries")
@@ -447,11 +455,12 @@ class PPOTrainer:
         queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers or one-number tensors.
         response_masks: B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say). ValueError on anything else.
         """
-        from distributed import clear_device_cache
+        from distributed import clear_device_cache, together
         from rewards import kl_penalty, process_scores, token_rewards
         config, device = self.config, self.accelerator.device
         clock = Clock()
-        raw_scores = self.check_batch(queries, responses, scores, response_masks)                         # (B,)
+        with together(self.accelerator):        # a wrong argument on one rank stops all
+            raw_scores = self.check_batch(queries, responses, scores, response_masks)                     # (B,)
         raw_scores = raw_scores.to(device)
         if config.use_score_scaling:
             self.score_moments.update(raw_scores, self.reduce)
@@ -594,7 +603,7 @@ class PPOTrainer:
 
         The three extra sums: tokens, 1 if skipped, the gradient's norm (on the main process only, as sums are added up).
         """
-        from distributed import accumulate
+        from distributed import accumulate, backward, drop_step, take_step
         processes = self.accelerator.num_processes
         # The loss is a mean over the tokens of the whole optimizer step and of all processes. A mean of the mini-batches' means
         # would weigh a token in a short mini-batch more: with ragged responses the update was off by 25 %.
@@ -606,16 +615,19 @@ class PPOTrainer:
             with accumulate(self.accelerator, self.model, last=number == len(parts) - 1):
                 loss, terms, ratio = self.minibatch_loss(rows, first=first and number == 0)
                 # times `processes`, because gradients are averaged over them and `tokens` already counts all
-                self.accelerator.backward(loss / tokens.clamp(min=1) * processes)
+                backward(self.accelerator, self.model, loss / tokens.clamp(min=1) * processes)
             sums += terms
             ratios.append(ratio)
-        ratio_sum = self.reduce(sums[TERMS.index("policy/ratio_mean")].clone())
-        skip = not (tokens > 0 and ratio_sum / tokens <= self.config.ratio_threshold)      # `not <=`: NaN is skipped too
+        # Over all processes: all step or none does.
+        ratio, *losses = self.reduce(sums[[TERMS.index(name) for name in ("policy/ratio_mean", "loss/policy", "loss/value")]])
+        skip = not (tokens > 0 and ratio / tokens <= self.config.ratio_threshold and all(loss.isfinite() for loss in losses))
         norm = 0.0
-        if not skip:    # a skipped step leaves weights and optimizer state as they were; a zero gradient would not
-            norm = self.clip_gradients()
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        if not skip:
+            norm = take_step(self.accelerator, self.model, self.optimizer, self.config.max_grad_norm)
+            skip = norm is None                             # infinite gradients of a finite loss
+        if skip:
+            drop_step(self.accelerator, self.model, self.optimizer)
+            norm = 0.0
         own = batch["mask"][index].sum()
         main = float(self.accelerator.is_main_process)
         return torch.cat([sums, torch.tensor([own, skip * main, norm * main], dtype=torch.float64, device=sums.device)]), \
@@ -649,12 +661,6 @@ class PPOTrainer:
                 f"the ratio is not 1 before the first update: log-probs differ by {worst:.3g} nats here, {tolerance} is "
                 "allowed. Usual causes: a layer that behaves differently in train and eval mode (dropout under another name, "
                 "batch norm), weights changed between generate() and step(), or a model that ignores position_ids or the mask")
-
-    def clip_gradients(self):
-        """-> the gradient's norm before clipping. A list, not an iterator: that would be empty from the second step on."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        limit = self.config.max_grad_norm
-        return float(self.accelerator.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
 
     # ------------------------------------------------------------------------------------ (f) book-keeping
 
@@ -723,9 +729,10 @@ class PPOTrainer:
 
     def save_pretrained(self, folder):
         """The policy with its value head and the tokenizer, loadable by from_pretrained. Written by the main process."""
-        model = self.accelerator.unwrap_model(self.model)
+        from distributed import full_state_dict, unwrap
+        state = full_state_dict(self.accelerator, self.model)       # from all processes: under ZeRO-3 each has a share
         if self.accelerator.is_main_process:
-            model.save_pretrained(folder)
+            unwrap(self.model).save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
@@ -755,7 +762,7 @@ class PPOTrainer:
         With another number of processes than saved, processes without a saved random state keep their own. ValueError: the
         folder is damaged, or is of another model or optimizer.
         """
-        from distributed import damage, set_random_states
+        from distributed import damage, set_random_states, unwrap
         from optim import unpack_state
         from safetensors.torch import load_file
         folder = Path(folder)
@@ -764,7 +771,7 @@ class PPOTrainer:
             raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
         state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         weights = {name: tensor for path in sorted((folder / "model").glob("*.safetensors")) for name, tensor in load_file(path).items()}
-        load_weights(self.accelerator.unwrap_model(self.model), weights)
+        load_weights(unwrap(self.model), weights)
         unpack_state(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -1,8 +1,9 @@
 """Train a language model by PPO so that its text pleases a reward model. The story, top to bottom.
 
     python scripts/train.py                                          # the review writer, on a CPU or one GPU: make train
-    accelerate launch --num_processes 4 scripts/train.py             # N GPUs
-    torchrun --nproc_per_node 2 scripts/train.py --cpu               # N processes on a CPU
+    accelerate launch --config_file scripts/accelerate_configs/multi_gpu.yaml --num_processes 4 scripts/train.py        # N GPUs
+    accelerate launch --config_file scripts/accelerate_configs/multi_cpu.yaml --num_processes 2 scripts/train.py --cpu  # N on a CPU
+    accelerate launch --config_file scripts/accelerate_configs/deepspeed_zero2.yaml --num_processes 4 scripts/train.py  # ZeRO-1, 2, 3
     python scripts/train.py --model_name ./my-model --reward_model ./my-classifier --prompts prompts.txt
     python scripts/train.py --reward_fn my_reward.py:score           # def score(prompts, responses) -> list of floats
     python scripts/train.py --resume runs/review-lm-1                # a run that was killed, from its newest checkpoint
@@ -115,9 +116,8 @@ def main(arguments=None):
     model_path = find(config.model_name)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(model_path, v_head_init_strategy="zero")
     tokenizer = load_tokenizer(model_path)
-    ref_model = (reference.create_reference_model(model, config.num_shared_layers) if config.reference_bits is None else
-                 AutoModelForCausalLMWithValueHead.from_pretrained(model_path, device_map="auto",
-                                                                   **{f"load_in_{config.reference_bits}bit": True}))
+    with distributed.whole_weights(model):
+        ref_model = make_reference(config, model, model_path)
 
     # --------------------------------------------------------------------------------------------- optimizer
     optimizer = optim.make_optimizer(config.optimizer, optim.trainable_parameters(model), config.learning_rate,
@@ -125,16 +125,17 @@ def main(arguments=None):
     lr_scheduler = optim.make_schedule(config.lr_scheduler, optimizer, config.steps, config.warmup_steps)
 
     # ------------------------------------------------------------------------------------------------ reward
-    reward = (rewards.load_reward_fn(config.reward_fn) if config.reward_fn is not None
-              else rewards.load_reward_model(find(config.reward_model), accelerator.device))
+    with distributed.zero3_init_disabled(accelerator):      # it is not trained, so ZeRO-3 must not shard it
+        reward = (rewards.load_reward_fn(config.reward_fn) if config.reward_fn is not None
+                  else rewards.load_reward_model(find(config.reward_model), accelerator.device))
 
     # ----------------------------------------------------------------------------------------------- prompts
     train_prompts, eval_prompts = load_prompts(config, tokenizer, accelerator.num_processes, model.config)
 
     # -------------------------------------------------------------------------------------------------- loop
+    run.say(plan(config, accelerator, model, ref_model))
     trainer = PPOTrainer(config, model, ref_model, tokenizer, optimizer=optimizer, lr_scheduler=lr_scheduler,
                          accelerator=accelerator)
-    run.say(plan(config, accelerator, model, ref_model))
     before = run.remember_before(lambda: evaluate(trainer, reward, eval_prompts))
     run.say(f"before: {before}")
     # From here on each rank draws its own numbers: it must sample other responses than its neighbour.
@@ -143,15 +144,19 @@ def main(arguments=None):
     for step in range(run.restore(trainer) + 1, config.steps + 1):
         started, prompts = time.perf_counter(), prompts_of_step(train_prompts, step, config, accelerator)
         queries = [prompt["tokens"] for prompt in prompts]
+        # `phase` says where and on which process a run of several stopped, should it stop.
         # (a) rollout: sample a response to each prompt
-        responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
+        with distributed.phase(accelerator, f"step {step}, (a) rollout"):
+            responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
         rolled_out = time.perf_counter()
         # (b) score: one number per response
-        texts = decode_responses(tokenizer, queries, responses)
-        scores = rewards.score_texts(reward, [prompt["text"] for prompt in prompts], texts)
+        with distributed.phase(accelerator, f"step {step}, (b) score"):
+            texts = decode_responses(tokenizer, queries, responses)
+            scores = rewards.score_texts(reward, [prompt["text"] for prompt in prompts], texts)
         scored = time.perf_counter()
         # (c) rewards, (d) advantages, (e) update: PPOTrainer.step, where the same letters stand
-        stats = trainer.step(queries, responses, scores)
+        with distributed.phase(accelerator, f"step {step}, (c) rewards to (e) update"):
+            stats = trainer.step(queries, responses, scores)
         # (f) book-keeping
         stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
         trainer.log_stats(stats, {"query": [p["text"] for p in prompts], "response": texts}, scores)
@@ -205,6 +210,13 @@ def load_tokenizer(path):
     if not tokenizer("a").input_ids:
         raise ValueError(f"{path} has no usable tokenizer: it makes 0 tokens of 'a'; save the model's tokenizer beside its weights")
     return tokenizer
+
+
+def make_reference(config, model, model_path):
+    """A frozen copy of the policy, which may share its first layers; or the same model loaded in 8 or 4 bits."""
+    if config.reference_bits is None:
+        return reference.create_reference_model(model, config.num_shared_layers)
+    return AutoModelForCausalLMWithValueHead.from_pretrained(model_path, device_map="auto", **{f"load_in_{config.reference_bits}bit": True})
 
 
 def decode_responses(tokenizer, queries, responses):
@@ -267,19 +279,21 @@ class Evaluation:
 
 def evaluate(trainer, reward, prompts):
     """-> Evaluation. Its random numbers are its own, so that training is the same with and without it."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1234)
-        responses = trainer.generate([p["tokens"] for p in prompts], batch_size=100, return_prompt=False,
-                                     max_new_tokens=trainer.config.max_new_tokens)
-    texts = decode_responses(trainer.tokenizer, [p["tokens"] for p in prompts], responses)
-    return Evaluation([p["text"] for p in prompts], texts, rewards.score_texts(reward, [p["text"] for p in prompts], texts))
+    queries, starts = [p["tokens"] for p in prompts], [p["text"] for p in prompts]
+    with distributed.phase(trainer.accelerator, "evaluation"):
+        with torch.random.fork_rng():
+            torch.manual_seed(1234)
+            responses = trainer.generate(queries, batch_size=100, return_prompt=False,
+                                         max_new_tokens=trainer.config.max_new_tokens)
+        texts = decode_responses(trainer.tokenizer, queries, responses)
+        return Evaluation(starts, texts, rewards.score_texts(reward, starts, texts))
 
 
 def plan(config, accelerator, model, ref_model):
     """What is about to happen, in words and numbers, before the first step costs anything."""
     processes, per_step = accelerator.num_processes, config.batch_size // config.backward_batch_size
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(distributed.whole_numel(p) for p in model.parameters() if p.requires_grad)
+    frozen = sum(distributed.whole_numel(p) for p in model.parameters() if not p.requires_grad)
     shared = reference.shared_bytes(model, ref_model)
     own = sum(p.nbytes for p in ref_model.parameters()) - shared       # bytes; int8 counts as one
     weights = sum(p.nbytes for p in model.parameters()) + own

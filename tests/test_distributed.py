@@ -1,8 +1,16 @@
-"""distributed.py: one process and two real ones (gloo on the CPU) do the same to the same batch."""
+"""distributed.py: one process, two real ones (gloo on the CPU) and DeepSpeed's three stages do the same to the same batch.
+
+Each way of running is started once, with scripts/accelerate_configs/<way>.yaml, and does all its jobs (tests/worker.py); the tests
+look at what it left. A start that hangs is killed and fails.
+"""
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,51 +18,323 @@ import torch
 from safetensors.torch import load_file
 
 import distributed
+from value_head import AutoModelForCausalLMWithValueHead
 
 HERE = Path(__file__).parent
-SETTINGS = {"ppo_epochs": 2, "init_kl_coef": 0.3, "target": 0.05, "horizon": 50.0, "whiten_rewards": True, "max_grad_norm": 0.5,
-            "use_score_scaling": True, "use_score_norm": True}
+ROOT = HERE.parent
+CONFIGS = ROOT / "scripts" / "accelerate_configs"
+PLAIN = {"adap_kl_ctrl": False, "ppo_epochs": 2}
+FULL = {"ppo_epochs": 2, "init_kl_coef": 0.3, "target": 0.05, "horizon": 50.0, "whiten_rewards": True, "max_grad_norm": 0.5,
+        "use_score_scaling": True, "use_score_norm": True}
+EMPTY = (1, 7, 3, 5, 0, 0, 0, 0)        # the second rank has no response token at all
+STAGES = ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
+WAYS = ["multi_cpu", *STAGES]
+OPTIMIZERS = ["sgd", "adam", "adam8bit", "lion"]
+every_way, every_stage = pytest.mark.parametrize("way", WAYS), pytest.mark.parametrize("way", STAGES)
 
 
-def run(folder, name, processes, **settings):
-    """-> weights and book-keeping of each rank after three steps of tests/worker.py in `processes` real processes."""
-    command = [sys.executable, str(HERE / "worker.py"), str(folder / name), json.dumps({**SETTINGS, **settings})]
-    if processes > 1:
-        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [(load_file(folder / f"{name}-{rank}.safetensors"), json.loads((folder / f"{name}-{rank}.json").read_text()))
-            for rank in range(processes)]
+def jobs(processes, folder, way):
+    """What each way does. Sizes are per process, so that all train on the same 8 responses."""
+    size = 8 // processes
+    pieces = {"batch_size": size, "mini_batch_size": 2, "gradient_accumulation_steps": size // 2}
+    todo = [{"name": name, "do": "train", "optimizer": name, "steps": 1, "settings": {**PLAIN, "batch_size": size}}
+            for name in OPTIMIZERS[2:]]
+    todo += [{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": size}, "write_first": True,
+              "save": str(folder / f"{way}-final")},
+             {"name": "adam", "do": "train", "optimizer": "adam", "settings": {**FULL, "batch_size": size}}]
+    if way == "deepspeed_zero3_offload":
+        return todo
+    todo += [{"name": "accumulated", "do": "train", "settings": {**FULL, **pieces}},
+             {"name": "empty", "do": "train", "steps": 1, "lengths": EMPTY, "settings": {**PLAIN, "batch_size": size}},
+             {"name": "early", "do": "train", "steps": 1, "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 4,
+                                                                      "early_stopping": True, "target_kl": 1e-3}},
+             {"name": "shared", "do": "train", "steps": 1, "shared": 2, "settings": {**PLAIN, "batch_size": size}},
+             {"name": "skip", "do": "skip", "settings": {**PLAIN, **pieces}},
+             {"name": "infinite", "do": "infinite_loss", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
+             {"name": "refuse", "do": "refuse", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
+             {"name": "write", "do": "write", "settings": {**PLAIN, "batch_size": size}},
+             {"name": "conflict", "do": "conflict", "settings": {**PLAIN, "batch_size": size, "max_grad_norm": 0.5}},
+             {"name": "run", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
+             {"name": "again", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}}]
+    if way == "deepspeed_zero3":
+        sharded = {"env": {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}}      # what `zero3_init_flag: true` becomes
+        todo += [{"name": "layers", "do": "write", "gather": False, "settings": {**PLAIN, "batch_size": size}},
+                 {"name": "loaded", "do": "train", "steps": 1, "lengths": EMPTY, "settings": {**PLAIN, "batch_size": size}, **sharded}]
+    return todo + [{"name": "reward", "do": "reward_model", "settings": {**PLAIN, "batch_size": size}}]
+
+
+def execute(command, seconds, **environment):
+    """-> return code, stdout + stderr. A launcher that hangs takes its processes with it."""
+    own = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    process = subprocess.Popen([str(part) for part in command], env=own, cwd=ROOT, text=True, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"no end after {seconds} s: " + process.communicate()[0][-3000:])
+    return process.returncode, output
+
+
+def launcher(way, *flags):
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{way}.yaml", "--num_processes", "2", *flags]
+
+
+class Runs:
+    """Starts each way once, when a test first asks for it. -> runs(way, job): [(findings, weights) of each rank]."""
+
+    def __init__(self, folder):
+        self.folder, self.started = folder, set()
+
+    def start(self, way):
+        processes = 1 if way == "one" else 2
+        todo = json.dumps(jobs(processes, self.folder, way))
+        command = [sys.executable] if processes == 1 else launcher(way, "--main_process_port", "0")
+        code, output = execute([*command, HERE / "worker.py", self.folder / way, todo], seconds=240)
+        assert code == 0, output[-3000:]
+
+    def __call__(self, way, job):
+        if way not in self.started:
+            self.started.add(way)
+            self.start(way)
+        found = []
+        for rank in range(1 if way == "one" else 2):
+            path = self.folder / f"{way}-{job}-{rank}.json"
+            weights = path.with_suffix(".safetensors")
+            found.append((json.loads(path.read_text()), load_file(weights) if weights.exists() else {}))
+        return found
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    return {"1 x 8": run(folder, "one", 1, batch_size=8),
-            "2 x 4": run(folder, "two", 2, batch_size=4),
-            "2 x 4, accumulated": run(folder, "acc", 2, batch_size=4, mini_batch_size=2, gradient_accumulation_steps=2)}
+    return Runs(tmp_path_factory.mktemp("ranks"))
 
 
-def test_two_processes_train_as_one_on_the_whole_batch(runs):
-    expected, _ = runs["1 x 8"][0]
-    for name in ("2 x 4", "2 x 4, accumulated"):
-        for weights, _ in runs[name]:
-            assert max(float((weights[k] - expected[k]).abs().max()) for k in expected) < 1e-5, name
+def distance(a, b):
+    assert set(a) == set(b) and a
+    return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
-def test_every_rank_has_the_same_statistics_and_kl_coefficient_to_the_last_bit(runs):
-    for name in ("2 x 4", "2 x 4, accumulated"):
-        (_, first), (_, second) = runs[name]
-        assert first == second, name
+# ------------------------------------------------------------------------------------------------ the same update
 
 
-def test_statistics_are_those_of_the_whole_batch(runs):
-    (_, one), (_, two) = runs["1 x 8"][0], runs["2 x 4"][0]
-    assert two["kl_coef"] == pytest.approx(one["kl_coef"], rel=1e-6) and one["kl_coef"] != 0.3
+@every_way
+@pytest.mark.parametrize("job", ["sgd", "accumulated", "empty", "early", "shared"])
+def test_two_processes_train_as_one_on_the_whole_batch(runs, way, job):
+    (_, expected), = runs("one", job)
+    assert distance(runs(way, job)[0][1], expected) < 1e-5
+
+
+@every_way
+def test_adam_too_trains_as_in_one_process(runs, way):
+    assert distance(runs(way, "adam")[0][1], runs("one", "adam")[0][1]) < 1e-4
+
+
+def test_accumulation_in_one_process_is_the_large_batch(runs):
+    assert distance(runs("one", "accumulated")[0][1], runs("one", "sgd")[0][1]) < 1e-5
+
+
+@every_way
+def test_every_rank_has_the_same_statistics_and_kl_coefficient_to_the_last_bit(runs, way):
+    for job in ("sgd", "adam", "accumulated", "empty", "early", "shared"):
+        (first, _), (second, _) = runs(way, job)
+        for key in ("steps", "kl_coef"):
+            assert first[key] == second[key], (job, key)
+
+
+@every_way
+def test_statistics_are_those_of_the_whole_batch(runs, way):
+    (one, _), (two, _) = runs("one", "sgd")[0], runs(way, "sgd")[0]
+    assert two["kl_coef"] == pytest.approx(one["kl_coef"], rel=1e-5) and one["kl_coef"] != 0.3
     for step_one, step_two in zip(one["steps"], two["steps"]):
         for key, value in step_one.items():
             assert step_two[key] == pytest.approx(value, rel=1e-4, abs=2e-5), key
         assert step_two["ppo/learning_rate"] == step_one["ppo/learning_rate"]
+    # these steps were clipped, or the equal weights would say nothing about clipping
+    assert all(step["ppo/grad_norm"] > 2 * FULL["max_grad_norm"] for step in two["steps"])
+    assert [step["ppo/learning_rate"] for step in two["steps"]] == [0.05, 0.025, 0.0125]
+
+
+@every_way
+def test_early_stopping_is_decided_by_all(runs, way):
+    counts = [found["steps"][0]["ppo/optimizer_steps"] for found, _ in runs("one", "early") + runs(way, "early")]
+    assert counts == [counts[0]] * 3 and counts[0] < 4
+
+
+@every_way
+def test_a_skipped_step_leaves_nothing_behind(runs, way):
+    (_, expected), = runs("one", "skip")
+    for found, _ in runs(way, "skip"):
+        assert found["skipped"] == found["of"] == 2 and found["moved"] == 0 and found["then"] == 0
+    # the real step after it, with Adam: neither a gradient nor a moment of the skipped one is in it
+    assert distance(runs(way, "skip")[0][1], expected) < 1e-4
+
+
+@every_way
+def test_a_loss_that_is_not_finite_on_one_rank_stops_no_rank_and_moves_none(runs, way):
+    for found, _ in runs(way, "infinite"):
+        assert found["skipped"] == found["of"] == 1 and found["moved"] == 0
+
+
+@every_way
+def test_a_wrong_input_on_one_rank_is_named_on_all_and_harms_nothing(runs, way):
+    for found, _ in runs(way, "refuse"):
+        assert found["message"].startswith("rank 1: score 0 of 4 is nan")
+    assert runs(way, "refuse")[0][0]["score"] == pytest.approx(runs("one", "refuse")[0][0]["score"], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- rollouts
+
+
+@every_way
+def test_text_written_by_two_processes_is_that_of_one(runs, way):
+    (one, _), = runs("one", "write")
+    for found, _ in runs(way, "write"):
+        assert found["greedy"] == one["greedy"]
+
+
+def test_zero3_gathers_once_per_rollout_or_layer_by_layer_and_writes_the_same(runs):
+    (one, _), = runs("one", "write")
+    for job, gathers in (("write", 1), ("layers", 0)):      # a rollout of two batches
+        for found, _ in runs("deepspeed_zero3", job):
+            assert found["greedy"] == one["greedy"] and found["gathers"] == gathers
+            assert found["held"] == 0                       # policy and reference: nothing is whole between rollouts
+    for found, _ in runs("deepspeed_zero3", "layers"):
+        assert "[1, 2] batches" in found["refused"] and "ds3_gather_for_generation=True" in found["refused"]
+
+
+@pytest.mark.parametrize("way, job", [*((way, "write") for way in WAYS), ("deepspeed_zero3", "layers")])
+def test_ranks_that_reach_the_end_at_different_steps_do_not_wait_for_ever(runs, way, job):
+    (first, _), (second, _) = runs(way, job)
+    assert first["uneven"] == [1] * 4 and second["uneven"] == [6] * 4
+
+
+@every_way
+def test_a_seed_reproduces_a_run_in_which_each_rank_samples_its_own(runs, way):
+    (first, weights), (second, _) = runs(way, "run")
+    assert [first, second] == [found for found, _ in runs(way, "again")]
+    assert distance(runs(way, "again")[0][1], weights) == 0
+    for mine, other in zip(first["steps"], second["steps"]):
+        assert not set(mine["prompts"]) & set(other["prompts"])
+        assert not [r for r in mine["responses"] if r in other["responses"]]
+    assert runs(way, "write")[0][0]["sampled"] != runs(way, "write")[1][0]["sampled"]      # of the same prompts
+
+
+# --------------------------------------------------------------------------------------------- loading and saving
+
+
+@pytest.mark.parametrize("way", ["one", *WAYS, "deepspeed_zero3_offload"])
+def test_what_any_stage_saves_loads_whole_in_one_process(runs, way):
+    found, weights = runs(way, "sgd")[0]
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(runs.folder / f"{way}-final").eval()
+    state = dict(model.state_dict())
+    state.pop("lm_head.weight")
+    assert distance(state, weights) == 0
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        logits, _, values = model(ids, torch.ones_like(ids))
+    assert torch.allclose(logits, torch.tensor(found["logits"]), atol=1e-6)
+    assert torch.allclose(values, torch.tensor(found["values"]), atol=1e-6)
+
+
+def test_a_model_loaded_in_shares_trains_as_one_loaded_whole(runs):
+    assert distance(runs("deepspeed_zero3", "loaded")[0][1], runs("one", "empty")[0][1]) < 1e-5
+
+
+@every_way
+def test_a_reward_model_loads_whole_with_one_line_or_with_the_pages_own(runs, way):
+    whole = runs("one", "reward")[0][0]["plain"]
+    for found, _ in runs(way, "reward"):
+        assert found["helper"] == whole
+        if way == "deepspeed_zero3":        # launched with zero3_init_flag: true
+            assert found["plain"] == 0 and found["page"] == whole
+        else:
+            assert found["plain"] == whole and "page" not in found
+
+
+@every_stage
+def test_a_deepspeed_config_that_says_something_else_is_refused_with_both_numbers(runs, way):
+    for found, _ in runs(way, "conflict"):
+        clipping, batch, accumulation = found["messages"]
+        assert "gradient_clipping is 0.25" in clipping and "max_grad_norm is 0.5" in clipping
+        assert "train_micro_batch_size_per_gpu is 3" in batch and "mini_batch_size is 4" in batch
+        assert "gradient_accumulation_steps is 7" in accumulation and "is 1;" in accumulation
+
+
+# -------------------------------------------------------------------------------------------- optimizers by stage
+
+
+def test_each_optimizer_runs_under_each_stage_and_the_table_says_so(runs):
+    ways = {"DDP": "multi_cpu", "ZeRO-1": STAGES[0], "ZeRO-2": STAGES[1], "ZeRO-3": STAGES[2],
+            "ZeRO-3 offload": "deepspeed_zero3_offload"}
+    rows = ["| | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
+    for optimizer in OPTIMIZERS:
+        (_, expected), = runs("one", optimizer)
+        rows.append(f"| {optimizer} | " + " | ".join(cell(runs(way, optimizer), expected) for way in ways.values()) + " |")
+    table = HERE / "optimizers_by_stage.md"
+    if os.environ.get("WRITE_TABLE"):
+        table.write_text("\n".join(rows) + "\n")
+    assert table.read_text() == "\n".join(rows) + "\n", "WRITE_TABLE=1 writes it anew"
+
+
+def cell(ranks, expected):
+    """What a run did, compared with one process: `equal` to 1e-4, or the share of weights that are."""
+    (first, weights), (second, _) = ranks
+    assert first["steps"] == second["steps"]
+    near = torch.cat([((weights[k] - expected[k]).abs() < 1e-4).flatten() for k in expected]).float().mean()
+    return "equal" if near == 1 else "equal but for rounded signs" if near > 0.98 else "runs"
+
+
+# ------------------------------------------------------------------------------------------------------- failures
+
+
+def test_an_exception_on_one_rank_stops_all_at_once_and_says_where(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import os\ncalls = []\n"
+        "def score(prompts, responses):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
+        "        raise KeyError('no such review')\n"
+        "    return [0.0] * len(responses)\n")
+    started = time.time()
+    code, output = execute([*launcher("multi_cpu", "--main_process_port", "0"), ROOT / "scripts" / "train.py", "--steps", "2",
+                            "--batch_size", "4", "--max_new_tokens", "4", "--eval_prompts", "4", "--output_dir", tmp_path / "run",
+                            "--reward_fn", f"{tmp_path / 'reward.py'}:score"], seconds=100)
+    assert code != 0 and time.time() - started < 60
+    assert "rank 1 of 2 stops in step 1, (b) score: ValueError: the reward function raised KeyError: 'no such review'" in output
+    assert not re.search(r"rank 0 of 2 stops in step 1, \(b\)", output)
+
+
+def test_two_launchers_make_one_run_of_two_machines(runs, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = json.dumps([{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": 4}}])
+    command = [*launcher("multi_node", "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port)]
+    other = subprocess.Popen([str(part) for part in [*command, "--machine_rank", "1", HERE / "worker.py", tmp_path / "node", job]],
+                             env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        code, output = execute([*command, "--machine_rank", "0", HERE / "worker.py", tmp_path / "node", job], seconds=100)
+        assert code == 0, output[-3000:]
+        assert other.wait(timeout=30) == 0
+    finally:
+        if other.poll() is None:
+            os.killpg(other.pid, signal.SIGKILL)
+    assert distance(load_file(tmp_path / "node-sgd-0.safetensors"), runs("one", "sgd")[0][1]) < 1e-5
+    assert (tmp_path / "node-sgd-0.json").read_text() == (tmp_path / "node-sgd-1.json").read_text()
+
+
+@pytest.mark.parametrize("target", ["train-multi-gpu", "train-zero1", "train-zero2", "train-zero3", "train-multi-node"])
+def test_each_target_is_one_line_to_paste_with_a_number_of_processes(target):
+    for flags, number in (((), r"[1-9]\d*"), (("NUM_PROCESSES=3",), "3")):
+        shown = subprocess.run(["make", "-n", target, *flags, "ARGS=--steps 7"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        line, = [line for line in shown.stdout.splitlines() if "scripts/train.py" in line]
+        match = re.fullmatch(rf"\.venv/bin/accelerate launch --config_file (\S+) .*--num_processes {number} scripts/train\.py --steps 7", line)
+        assert match and (ROOT / match[1]).exists(), line
+
+
+# -------------------------------------------------------------------------------------------------- in one process
 
 
 def test_seeding_sets_every_generator_and_ranks_differ():

@@ -1,46 +1,251 @@
-"""One rank of a test run: three steps on its share of a fixed ragged batch. Started by torch.distributed.run, or alone.
+"""One rank of a test run: it does one job after the other, each on its share of a fixed ragged batch, and writes what it found.
 
-    python worker.py OUT.safetensors '{"batch_size": 4, ...}'         # writes OUT-<rank>.safetensors and OUT-<rank>.json
+    python worker.py OUT '[{"name": "sgd", "do": "train", ...}, ...]'       # writes OUT-<name>-<rank>.json and .safetensors
+Started alone, by torch.distributed.run or by accelerate launch. One start for many jobs: starting takes longer than the jobs.
 """
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
+import optim
 from ppo_core import PPOConfig, PPOTrainer
 from test_ppo_core import ragged, tiny, tokenizer
 
 TOTAL = 8
 LENGTHS, QUERIES = (1, 7, 3, 5, 0, 9, 2, 4), (2, 6, 3, 4, 5, 2, 3, 6)
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+RATES = {"sgd": 0.05, "adam": 1e-3, "lion": 1e-3, "adam8bit": 1e-3}
 
 
-def main(out, settings):
+def make_optimizer(name, model):
+    if name == "adam8bit":
+        from bitsandbytes.optim import Adam8bit
+        return Adam8bit(model.parameters(), lr=RATES[name])
+    optimizer = optim.make_optimizer(name, model.parameters(), RATES[name])
+    for group in optimizer.param_groups:
+        if name == "adam":
+            group["eps"] = 1e-6      # some gradients are 0 but for rounding (a key's bias), and Adam makes them steps of full size
+    return optimizer
+
+
+def make(settings, optimizer="sgd", shared=None, dataset=None):
+    AcceleratorState._reset_state(reset_partial_state=True)     # each job is a run of its own
     accelerator = distributed.start(cpu=True)
+    if distributed.zero_stage(accelerator) == 3:                # DeepSpeed keeps what is small whole: all of this model
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     distributed.seed_everything(0)
     model = tiny()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer = make_optimizer(optimizer, model)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     trainer = PPOTrainer(PPOConfig(**settings), model, None, tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
-                         accelerator=accelerator)
-    rank, share = accelerator.process_index, TOTAL // accelerator.num_processes
-    mine = slice(rank * share, (rank + 1) * share)
-    np.random.seed(rank)                                        # each rank shuffles its own share
-    steps = []
-    for seed in range(3):
-        queries, responses, scores = ragged(LENGTHS, QUERIES, seed)
-        stats = trainer.step(queries[mine], responses[mine], scores[mine])
-        steps.append({k: v for k, v in stats.items() if not torch.is_tensor(v) and not k.startswith("time/")})
-        steps[-1]["objective/kl_dist"] = stats["objective/kl_dist"].tolist()
-    weights = accelerator.unwrap_model(trainer.model).state_dict()
-    weights.pop("lm_head.weight")                               # tied to the embedding
-    save_file({k: v.contiguous() for k, v in weights.items()}, f"{out}-{rank}.safetensors")
-    Path(f"{out}-{rank}.json").write_text(json.dumps({"steps": steps, "kl_coef": trainer.kl_ctl.value}))
-    accelerator.end_training()
+                         num_shared_layers=shared, accelerator=accelerator, dataset=dataset, data_collator=list)
+    np.random.seed(accelerator.process_index)                   # each rank shuffles its own share
+    return trainer
+
+
+def mine(trainer, items):
+    share = TOTAL // trainer.accelerator.num_processes
+    return items[trainer.accelerator.process_index * share:][:share]
+
+
+def step(trainer, seed=0, lengths=LENGTHS):
+    """-> the step's statistics that must be the same on every rank."""
+    queries, responses, scores = (mine(trainer, part) for part in ragged(lengths, QUERIES, seed))
+    stats = trainer.step(queries, responses, scores)
+    own = {k: v for k, v in stats.items() if not torch.is_tensor(v) and not k.startswith("time/")}
+    return {**own, "objective/kl_dist": stats["objective/kl_dist"].tolist()}
+
+
+def greedy(trainer, eos=None, batch_size=2):
+    queries, *_ = ragged(LENGTHS, QUERIES, seed=7)
+    responses = trainer.generate(mine(trainer, queries), batch_size=batch_size, return_prompt=False, max_new_tokens=6, do_sample=False,
+                                 allow_other_distribution=True, **({} if eos is None else {"eos_token_id": eos}))
+    return [r.tolist() for r in responses]
+
+
+def weights_of(trainer):
+    """-> all weights on the main process, {} elsewhere."""
+    state = dict(distributed.full_state_dict(trainer.accelerator, trainer.model))
+    state.pop("lm_head.weight", None)                           # tied to the embedding
+    return {k: v.detach().clone().contiguous() for k, v in state.items()}
+
+
+def train(settings, optimizer="sgd", steps=3, lengths=LENGTHS, write_first=False, shared=None, save=None):
+    """Three steps on different batches. -> statistics, KL coefficient, and the weights."""
+    trainer = make(settings, optimizer, shared)
+    found = []
+    for seed in range(steps):
+        if write_first:
+            greedy(trainer)     # a rollout between the updates must leave the sharding as it was
+        found.append(step(trainer, seed, lengths))
+    result = {"steps": found, "kl_coef": trainer.kl_ctl.value}
+    if save:
+        trainer.save_pretrained(save)
+        with torch.no_grad():
+            logits, _, values = trainer.model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+        result.update(logits=logits.tolist(), values=values.tolist())
+    return result, weights_of(trainer)
+
+
+def skip(settings, optimizer="adam"):
+    """A step whose every optimizer step is skipped, then a real one, as if the first had never been."""
+    trainer = make({**settings, "ratio_threshold": 1e-9}, optimizer)
+    before = weights_of(trainer)
+    skipped = step(trainer)
+    after = weights_of(trainer)
+    trainer.config.ratio_threshold = 10.0
+    for group in trainer.optimizer.param_groups:                # the schedule did go on
+        group["lr"] = RATES[optimizer]
+    real = step(trainer)
+    moved = max((float((after[k] - before[k]).abs().max()) for k in before), default=0.0)
+    return {"skipped": skipped["ppo/skipped_steps"], "of": skipped["ppo/optimizer_steps"], "moved": moved,
+            "then": real["ppo/skipped_steps"]}, weights_of(trainer)
+
+
+def write(settings, gather=True):
+    """Greedy text, sampled text, and text of which the first rank ends at once while the others go on."""
+    trainer = make({**settings, "ds3_gather_for_generation": gather})
+    sharded = distributed.zero_stage(trainer.accelerator) == 3
+    gathers = count_gathers() if sharded else []
+    text = greedy(trainer)
+    gathers = len(gathers)
+    rank = trainer.accelerator.process_index
+    held = sum(p.numel() for m in (trainer.model, trainer.ref_model) for p in trainer.accelerator.unwrap_model(m).parameters())
+    uneven = greedy(trainer, eos=list(range(200)) if rank == 0 else 10 ** 6)
+    distributed.seed_everything(3, rank=rank)
+    sampled = trainer.generate([torch.tensor([5, 6, 7])] * 4, return_prompt=False, max_new_tokens=6)
+    return {"greedy": distributed.gather_lists(trainer.accelerator, text), "gathers": gathers, "uneven": [len(r) for r in uneven],
+            "sampled": [r.tolist() for r in sampled], "held": held, "refused": refused_batches(trainer)}, {}
+
+
+def refused_batches(trainer):
+    """-> what is said when one rank has more to write than the other, where that would hang."""
+    if trainer.config.ds3_gather_for_generation:
+        return None
+    queries = [torch.tensor([5, 6])] * (2 + 2 * trainer.accelerator.process_index)
+    try:
+        trainer.generate(queries, batch_size=2, max_new_tokens=2)
+        return None
+    except ValueError as error:
+        return str(error)
+
+
+def sampled_run(settings):
+    """Two whole steps: prompts from the loader, sampled responses, scores that depend on them."""
+    prompts = [torch.tensor([5 + i, 6, 7]) for i in range(4 * TOTAL)]
+    trainer = make(settings, dataset=prompts)
+    distributed.seed_everything(0, rank=trainer.accelerator.process_index)
+    found = []
+    for _, queries in zip(range(2), trainer.dataloader):
+        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
+        stats = trainer.step(queries, responses, [float(r.float().mean()) / 50 for r in responses])
+        found.append({"prompts": [int(q[0]) for q in queries], "responses": [r.tolist() for r in responses],
+                      "kl": stats["objective/kl"], "loss": stats["ppo/loss/total"]})
+    return {"steps": found}, weights_of(trainer)
+
+
+def infinite_loss(settings):
+    """Values that overflow on one rank make a loss that is not finite there: no rank may step."""
+    trainer = make(settings)
+    before, forward = weights_of(trainer), trainer.forward
+    bad = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
+
+    def overflow(model, rows):
+        logprobs, values, logits = forward(model, rows)
+        return logprobs, values * (float("inf") if bad and torch.is_grad_enabled() else 1.0), logits
+    trainer.forward = overflow
+    stats = step(trainer)
+    after = weights_of(trainer)
+    return {"skipped": stats["ppo/skipped_steps"], "of": stats["ppo/optimizer_steps"],
+            "moved": max((float((after[k] - before[k]).abs().max()) for k in before), default=0.0)}, {}
+
+
+def reward_model(settings):
+    """The documentation page's snippet and our helper, and what they load; without DeepSpeed there is nothing to switch off."""
+    trainer = make(settings)
+    held = {"plain": elements()}
+    ds_plugin = trainer.accelerator.state.deepspeed_plugin
+    if ds_plugin is not None and ds_plugin.is_zero3_init_enabled():
+        with ds_plugin.zero3_init_context_manager(enable=False):
+            held["page"] = elements()
+    with distributed.zero3_init_disabled(trainer.accelerator):
+        held["helper"] = elements()
+    return held, {}
+
+
+def elements():
+    """What a language model that is loaded now holds in this process."""
+    return sum(p.numel() for p in tiny().pretrained_model.parameters())
+
+
+def conflict(settings):
+    """A DeepSpeed config that says something else than PPOConfig. -> what the constructor says."""
+    original, messages = distributed.start, []
+    for name, value in (("gradient_clipping", 0.25), ("train_micro_batch_size_per_gpu", 3), ("gradient_accumulation_steps", 7)):
+        def start(**kwargs):
+            accelerator = original(**kwargs)
+            if accelerator.state.deepspeed_plugin is not None:
+                accelerator.state.deepspeed_plugin.deepspeed_config[name] = value
+            return accelerator
+        distributed.start = start
+        try:
+            make(settings)
+        except ValueError as error:
+            messages.append(str(error))
+    distributed.start = original
+    return {"messages": messages}, {}
+
+
+def count_gathers():
+    """-> a list that grows by one with every context in which weights are whole."""
+    import deepspeed
+    entered, original = [], deepspeed.zero.GatheredParameters.__enter__
+
+    def enter(self):
+        entered.append(1)
+        return original(self)
+    deepspeed.zero.GatheredParameters.__enter__ = enter
+    return entered
+
+
+def refuse(settings):
+    """A score that is not a number on the last rank only. -> the message on this rank; and the next step works."""
+    trainer = make(settings)
+    queries, responses, scores = (mine(trainer, part) for part in ragged(LENGTHS, QUERIES, 0))
+    bad = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
+    try:
+        trainer.step(queries, responses, [float("nan")] + scores[1:] if bad else scores)
+        message = "no error"
+    except ValueError as error:
+        message = str(error)
+    return {"message": message, "score": step(trainer)["ppo/mean_scores"]}, {}
+
+
+JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, refuse, reward_model, conflict)}
+
+
+def main(out, jobs):
+    for job in jobs:
+        started = time.perf_counter()
+        os.environ.update(job.pop("env", {}))
+        found, weights = JOBS[job.pop("do")](**{k: v for k, v in job.items() if k != "name"})
+        rank = AcceleratorState().process_index
+        print(f"{job['name']}: {time.perf_counter() - started:.1f} s", flush=True)
+        if weights:
+            save_file(weights, f"{out}-{job['name']}-{rank}.safetensors")
+        Path(f"{out}-{job['name']}-{rank}.json").write_text(json.dumps(found))
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
