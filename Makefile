@@ -57,7 +57,7 @@ sharing: $(STAMP)  ## measure what running the shared layers once per batch save
 	$(BIN)/python scripts/bench.py sharing $(ARGS)
 
 test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest -q -rs --timeout 600 tests $(ARGS)
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 tests $(ARGS)
 
 assets: $(STAMP)  ## rebuild the committed models from the data; about an hour on 2 cores
 	$(BIN)/python scripts/make_assets.py $(ARGS)

@@ -740,18 +740,23 @@ class PPOTrainer:
         """Everything that the next step depends on, in a folder that is whole or not there; see `load_checkpoint`.
 
         model/ is what save_pretrained writes. The rest: the optimizer's tensors, one file of numbers, and each process's random
-        generators. safetensors and JSON only: reading a checkpoint executes nothing.
+        generators. safetensors and JSON only, so reading a checkpoint executes nothing; but under ZeRO each process's share of
+        weights and state is DeepSpeed's own file, a pickle.
         """
-        from distributed import random_states, whole_folder
+        from distributed import random_states, whole_folder, zero_stage
         from optim import pack_state
         from safetensors.torch import save_file
+        state = {"steps_done": self.steps_done, "kl_coef": self.kl_ctl.value, "score_moments": self.score_moments.state_dict(),
+                 "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+                 "zero_stage": zero_stage(self.accelerator), "processes": self.accelerator.num_processes}
         with whole_folder(self.accelerator, folder) as partial:
             self.save_pretrained(partial / "model")
-            if self.accelerator.is_main_process:
-                tensors, rest = pack_state(self.optimizer)
+            if state["zero_stage"] > 0:
+                self.model.save_checkpoint(str(partial), tag="zero")
+            elif self.accelerator.is_main_process:
+                tensors, state["optimizer"] = pack_state(self.optimizer)
                 save_file(tensors, partial / "optimizer.safetensors")
-                state = {"steps_done": self.steps_done, "kl_coef": self.kl_ctl.value, "score_moments": self.score_moments.state_dict(),
-                         "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(), "optimizer": rest}
+            if self.accelerator.is_main_process:
                 (partial / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
             states = random_states(self.accelerator.device)
             (partial / f"random-{self.accelerator.process_index}.json").write_text(json.dumps(states), encoding="utf-8")
@@ -759,27 +764,39 @@ class PPOTrainer:
     def load_checkpoint(self, folder):
         """Go on where `save_checkpoint` was: the steps that follow are, bit for bit, those that would have followed there.
 
-        With another number of processes than saved, processes without a saved random state keep their own. ValueError: the
-        folder is damaged, or is of another model or optimizer.
+        Another number of processes works without DeepSpeed; a process without a saved random state then keeps its own.
+        ValueError: the folder is damaged, or of another model, optimizer or ZeRO stage.
         """
-        from distributed import damage, set_random_states, unwrap
-        from optim import unpack_state
-        from safetensors.torch import load_file
-        folder = Path(folder)
-        problem = damage(folder)
-        if problem is not None:
-            raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
-        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        weights = {name: tensor for path in sorted((folder / "model").glob("*.safetensors")) for name, tensor in load_file(path).items()}
-        load_weights(unwrap(self.model), weights)
-        unpack_state(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+        from distributed import damage, set_random_states, together
+        folder, accelerator = Path(folder), self.accelerator
+        with together(accelerator):
+            problem = damage(folder)
+            if problem is not None:
+                raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
+            state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+            self.load_weights_and_optimizer(folder, state)
         if self.lr_scheduler is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.steps_done, self.kl_ctl.value = state["steps_done"], state["kl_coef"]
         self.score_moments.load_state_dict(state["score_moments"])
-        own = folder / f"random-{self.accelerator.process_index}.json"
+        own = folder / f"random-{accelerator.process_index}.json"
         if own.is_file():
-            set_random_states(json.loads(own.read_text(encoding="utf-8")), self.accelerator.device)
+            set_random_states(json.loads(own.read_text(encoding="utf-8")), accelerator.device)
+
+    def load_weights_and_optimizer(self, folder, state):
+        from distributed import unwrap, zero_stage
+        from optim import unpack_state
+        from safetensors.torch import load_file
+        stage, processes = zero_stage(self.accelerator), self.accelerator.num_processes
+        if state["zero_stage"] != stage or (stage > 0 and state["processes"] != processes):
+            raise ValueError(f"{folder} was saved by {state['processes']} processes with ZeRO-{state['zero_stage']} (0 = without) and this "
+                             f"run has {processes} with ZeRO-{stage}; launch it as it was saved, or start a new run from {folder / 'model'}")
+        if stage > 0:
+            self.model.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+            return
+        weights = {name: tensor for path in sorted((folder / "model").glob("*.safetensors")) for name, tensor in load_file(path).items()}
+        load_weights(unwrap(self.model), weights)
+        unpack_state(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
 
 
 class Clock:

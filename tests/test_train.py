@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -281,6 +282,49 @@ def test_resuming_with_another_setting_or_from_no_run_is_refused(undisturbed, tm
     with pytest.raises(ValueError, match="config.json cannot be read .*name a folder that a run was made in"):
         train.main(["--resume", str(tmp_path)])
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
+
+
+def launch(way, *arguments):
+    """-> command line for 2 processes, as the Makefile has it."""
+    return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
+            str(ROOT / "scripts" / "accelerate_configs" / f"{way}.yaml"), "--num_processes", "2", "--main_process_port", "0",
+            str(ROOT / "scripts" / "train.py"), *arguments]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "run"
+    done = subprocess.run(launch("multi_cpu", *SIX, "--output_dir", str(folder)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("way", ["multi_cpu", "deepspeed_zero2", "deepspeed_zero3"])
+def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(way, two_processes, tmp_path):
+    """And ZeRO's run is the plain one's, to the last bit of every weight."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(launch(way, *[flag for flag in SIX if flag != "--cpu"], "--output_dir", str(folder)), stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.split()[:2] == ["step", "5/6"]:
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:     # workers have sessions of their own
+                one.kill()
+    process.wait(60)
+    assert not (folder / "final").exists()
+    done = subprocess.run(launch(way, "--resume", str(folder)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]
+    for name in ("final/model.safetensors", "samples.md"):
+        assert (folder / name).read_bytes() == (two_processes / name).read_bytes(), name
+    assert [row["step"] for row in numbers(folder)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_of_two_processes_resumes_on_one(two_processes, tmp_path, capsys):
+    shutil.copytree(two_processes, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    train.main(["--resume", str(tmp_path / "run")])
+    assert "resuming after step 4" in capsys.readouterr().out
+    rows = numbers(tmp_path / "run")
+    assert rows[:4] == numbers(two_processes)[:4] and [len(row["objective/kl_dist"]) for row in rows] == [16, 16, 16, 16, 8, 8]
 
 
 @pytest.mark.parametrize("flags, words", [(["--keep_last", "1"], "keep_last is 1; use at least 0 and at least 2"),
