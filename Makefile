@@ -13,7 +13,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node test assets clean
+.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node features sharing test \
+        assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -45,6 +46,12 @@ train-zero3: $(STAMP)  ## and the weights (ZeRO-3)
 
 train-multi-node: $(STAMP)  ## NUM_MACHINES= MACHINE_RANK= MAIN_ADDRESS=, on each machine
 	$(LAUNCH)/multi_node.yaml --num_machines $(NUM_MACHINES) --machine_rank $(MACHINE_RANK) --main_process_ip $(MAIN_ADDRESS) --main_process_port $(MAIN_PORT) --num_processes $(NUM_PROCESSES) scripts/train.py $(ARGS)
+
+features: $(STAMP)  ## measure every feature on the default run; about half an hour on 2 cores
+	$(BIN)/python scripts/bench.py features $(ARGS)
+
+sharing: $(STAMP)  ## measure what running the shared layers once per batch saves
+	$(BIN)/python scripts/bench.py sharing $(ARGS)
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -q -rs --timeout 600 tests $(ARGS)

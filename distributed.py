@@ -14,6 +14,7 @@ Copy me: needs torch and accelerate, and deepspeed where it is launched with it.
 """
 import gc
 import importlib.util
+import logging
 import os
 import random
 import resource
@@ -25,6 +26,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import is_initialized
 from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
+
+logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------------ the machine
 
@@ -86,6 +89,18 @@ def zero3_init_disabled(accelerator):
     if plugin is None or not plugin.is_zero3_init_enabled():
         return nullcontext()
     return plugin.zero3_init_context_manager(enable=False)
+
+
+def tracker_arguments(log_with, folder):
+    """-> init_kwargs for accelerate's `init_trackers`. Without an account wandb would ask a question and wait: it logs offline."""
+    if log_with != "wandb":
+        return {}
+    import wandb
+    arguments = {"dir": folder}
+    if wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
+        logger.warning("no wandb account is set up here: logging offline below %s; `wandb sync` uploads it later", folder or "wandb/")
+        arguments["mode"] = "offline"
+    return {"wandb": arguments}
 
 
 def seed_everything(seed, rank=0):

@@ -1,19 +1,24 @@
 """Optimizers and learning-rate schedules for PPO, and which parameters they train.
 
-Why: Adam keeps 8 bytes of state for each parameter, which for a 7B policy is more than the policy. Lion keeps half of that;
-SGD keeps none. A schedule matters more than in supervised training: the policy makes its own data, so a step that is too
+Why: Adam keeps 8 bytes of state for each parameter, which for a 7B policy is more than the policy. Lion keeps half of that,
+8-bit Adam a quarter, SGD none. A schedule matters more than in supervised training: the policy makes its own data, so a step that is too
 large late in a run is not repaired by the next batch.
-Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), update rule in `lion_update`.
+Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), update rule in `lion_update`; 8-bit Adam is bitsandbytes'
+(Dettmers et al. 2022, arXiv 2110.02861): moments in blocks of 256 one-byte numbers, which one scale per block spreads out.
 Differs from the paper in: nothing; from TRL 0.11.4 in: schedules are stepped once per PPO step, whatever the number of
 processes or the accumulation (there, N processes stepped them N times).
 Shapes: every function here works on whole parameters of any shape.
-Copy me: needs torch. Tested by tests/test_optim.py.
+Copy me: needs torch, and bitsandbytes for adam8bit. Tested by tests/test_optim.py.
 """
+import importlib.util
+import logging
 import math
 
 import torch
 
-OPTIMIZERS = ("adam", "sgd", "lion")
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS = ("adam", "sgd", "lion", "adam8bit")
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
@@ -25,16 +30,41 @@ def trainable_parameters(model):
     return parameters
 
 
-def make_optimizer(name, parameters, learning_rate=None):
-    """name: one of OPTIMIZERS. learning_rate None = 1.41e-5, PPOConfig's default; Lion divides that default by 3."""
-    default = 1.41e-5
+def default_learning_rate(name, adam=1.41e-5):
+    """adam: what suits Adam; 1.41e-5 is PPOConfig's. Lion moves every entry by all of it, so it gets a third."""
+    return adam / 3 if name == "lion" else adam
+
+
+def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41e-5):
+    """name: one of OPTIMIZERS. learning_rate: None = default_learning_rate(name, adam_learning_rate).
+
+    ValueError: an unknown name, or adam8bit without bitsandbytes. 8-bit state is kept for tensors of 4,096 entries and more;
+    smaller ones (norms, biases) keep float32, as bitsandbytes has it.
+    """
+    lr = default_learning_rate(name, adam_learning_rate) if learning_rate is None else learning_rate
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=default if learning_rate is None else learning_rate)
+        return torch.optim.Adam(parameters, lr=lr)
     if name == "sgd":
-        return torch.optim.SGD(parameters, lr=default if learning_rate is None else learning_rate)
+        return torch.optim.SGD(parameters, lr=lr)
     if name == "lion":
-        return Lion(parameters, lr=default / 3 if learning_rate is None else learning_rate)
+        if lr >= adam_learning_rate:
+            logger.warning("Lion's learning rate %.3g is not below %.3g, which suits Adam: every entry moves by all of it, so a third "
+                           "to a tenth (%.3g to %.3g) is usual; going on with %.3g", lr, adam_learning_rate,
+                           adam_learning_rate / 3, adam_learning_rate / 10, lr)
+        return Lion(parameters, lr=lr)
+    if name == "adam8bit":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("adam8bit needs the package bitsandbytes, which is not installed; run: pip install bitsandbytes")
+        import bitsandbytes
+        return bitsandbytes.optim.Adam8bit(parameters, lr=lr)
     raise ValueError(f"optimizer is {name!r}; use one of {', '.join(OPTIMIZERS)}")
+
+
+def state_bytes(optimizer):
+    """Bytes of the optimizer's state; 0 before its first step, when there is none yet."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    # By address: 8-bit Adam's table of 256 values is one tensor that every parameter's state names.
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def make_schedule(name, optimizer, steps, warmup_steps=0):
@@ -100,7 +130,7 @@ class Lion(torch.optim.Optimizer):
 if __name__ == "__main__":
     torch.manual_seed(0)
     data, target = torch.randn(64, 8), torch.randn(64, 1)
-    for name in OPTIMIZERS:
+    for name in OPTIMIZERS if importlib.util.find_spec("bitsandbytes") else OPTIMIZERS[:3]:
         layer = torch.nn.Linear(8, 1)
         optimizer = make_optimizer(name, trainable_parameters(layer), learning_rate=0.01)
         schedule = make_schedule("cosine", optimizer, steps=100, warmup_steps=10)
@@ -110,5 +140,4 @@ if __name__ == "__main__":
             loss.backward()
             optimizer.step()
             schedule.step()
-        state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
-        print(f"{name:5s} loss {loss:.4f}, {state} bytes of state, last learning rate {optimizer.param_groups[0]['lr']:.1e}")
+        print(f"{name:8s} loss {loss:.4f}, {state_bytes(optimizer)} bytes of state, last learning rate {optimizer.param_groups[0]['lr']:.1e}")

@@ -228,8 +228,8 @@ def take(batch, index):
     """Rows `index` of a dict made by `collate` (and of what was added to it), trimmed to the longest of these rows."""
     rows = {name: tensor[index] for name, tensor in batch.items()}
     T, R = int(rows["attention_mask"].sum(1).max()), max(1, int(rows["response_lengths"].max()))
-    width = {"input_ids": T, "attention_mask": T}
-    rows = {name: tensor[:, :width.get(name, R)] if tensor.ndim == 2 else tensor for name, tensor in rows.items()}
+    width = {"input_ids": T, "attention_mask": T, "trunk": T}
+    rows = {name: tensor[:, :width.get(name, R)] if tensor.ndim > 1 else tensor for name, tensor in rows.items()}
     rows["positions"] = rows["positions"].clamp(max=T - 1)      # of short rows they point into padding, which was trimmed
     return rows
 
@@ -356,6 +356,7 @@ class PPOTrainer:
         self.model, self.optimizer = distributed.prepare_model(self.accelerator, model, optimizer, config.mini_batch_size,
                                                                config.max_grad_norm, config.gradient_accumulation_steps)
         self.ref_model = distributed.prepare_reference(self.accelerator, ref_model, movable=not quantized(ref_model))
+        self.trunk = reference.SharedTrunk(distributed.unwrap(self.model), distributed.unwrap(self.ref_model))
         self.dataloader = None
         if dataset is not None:
             needed = config.batch_size * self.accelerator.num_processes
@@ -371,8 +372,9 @@ class PPOTrainer:
         self.score_moments = rewards.RunningMoments()
         if config.log_with is not None:
             self.accelerator.init_trackers(config.tracker_project_name, config={
-                k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))})
-        self.logged_steps = 0
+                k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))},
+                init_kwargs=distributed.tracker_arguments(config.log_with, self.accelerator.logging_dir))
+        self.steps_done = 0
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
         self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -504,6 +506,7 @@ class PPOTrainer:
         self.kl_ctl.update(stats["objective/kl"], config.batch_size * self.accelerator.num_processes)
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
+        self.steps_done += 1
         clock.lap("calc_stats")
         return {**stats, **clock.stats()}
 
@@ -534,7 +537,8 @@ class PPOTrainer:
 
     def forward(self, model, rows):
         """-> logprobs (B, R), values (B, R), logits (B, R, V), all at config.temperature. rows: from `take`."""
-        with self.accelerator.autocast():       # the reference too: in another precision it would not be the same model
+        # autocast for the reference too: in another precision it would not be the same model
+        with self.accelerator.autocast(), self.trunk.replay(rows.get("trunk")):
             logits, _, values = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"],
                                       logit_positions=rows["positions"], use_cache=False)
         if self.config.temperature != 1.0:
@@ -543,22 +547,33 @@ class PPOTrainer:
 
     @torch.no_grad()
     def record(self, batch):
-        """-> logprobs, values, ref_logprobs, full KL (or 0), each (B, R) and 0 outside the mask. Never rebound afterwards."""
+        """-> logprobs, values, ref_logprobs, full KL (or 0), each (B, R) and 0 outside the mask. Never rebound afterwards.
+
+        Layers that policy and reference share run here for the last time in this step: batch["trunk"] (B, T, H) keeps their output.
+        """
         from rewards import full_kl
-        shape = batch["mask"].shape
+        shape, trunk = batch["mask"].shape, None
         logprobs, values, ref_logprobs, kl = torch.zeros((4, *shape), device=batch["mask"].device)
         self.model.eval()
         # In mini-batches, policy and reference side by side: full_kl needs both (b, r, V) tensors, and no more than one pair.
         for index in torch.arange(shape[0]).split(self.config.mini_batch_size):
             rows = take(batch, index)
             mask = rows["mask"]                                                                            # (b, r)
-            new, value, logits = self.forward(self.model, rows)
+            with self.trunk.record() as kept:
+                new, value, logits = self.forward(self.model, rows)
+            rows.update(kept)
             ref, _, ref_logits = self.forward(self.ref_model, rows)
             logprobs[index, :mask.shape[1]], values[index, :mask.shape[1]] = new * mask, value * mask
             ref_logprobs[index, :mask.shape[1]] = ref * mask
             if self.config.kl_penalty == "full":
                 kl[index, :mask.shape[1]] = full_kl(logits, ref_logits) * mask
+            if kept:
+                hidden = kept["trunk"]                                                                     # (b, t, H)
+                trunk = hidden.new_zeros(*batch["input_ids"].shape, hidden.shape[-1]) if trunk is None else trunk
+                trunk[index, :hidden.shape[1]] = hidden     # the zeros beyond stand for padding, which no real token sees
             del logits, ref_logits      # (b, r, V) each: not to be kept through the next mini-batch's forward pass
+        if trunk is not None:
+            batch["trunk"] = trunk
         return logprobs, values, ref_logprobs, kl
 
     # ------------------------------------------------------------------------------------------ (e) update
@@ -688,6 +703,9 @@ class PPOTrainer:
         if stats["objective/kl"] < -1.0:
             logger.warning("the KL to the reference is %.2f, below 0: the policy is paid for being unlike its samples; look for a "
                            "sampler that differs from the policy", stats["objective/kl"])
+        if self.steps_done == 0 and quantized(self.ref_model):
+            logger.warning("the reference is a rounded copy: before any update the KL to it is already %.4f nats per response, in "
+                           "which the penalty sees no fault of the policy", stats["objective/kl"])
         return stats
 
     def log_stats(self, stats, batch, rewards, columns_to_log=("query", "response")):
@@ -705,8 +723,7 @@ class PPOTrainer:
             import wandb
             columns = [gather_lists(self.accelerator, batch[name]) for name in columns_to_log]
             logs["game_log"] = wandb.Table(columns=[*columns_to_log, "reward"], data=list(zip(*columns, rewards)))
-        self.logged_steps += 1
-        self.accelerator.log(logs, step=self.logged_steps)
+        self.accelerator.log(logs, step=self.steps_done)
 
     def save_pretrained(self, folder):
         """The policy with its value head and the tokenizer, loadable by from_pretrained. Written by the main process."""
@@ -758,6 +775,9 @@ def check_arguments(config, model, ref_model, tokenizer, num_shared_layers):
                              "AutoModelForCausalLMWithValueHead.from_pretrained(...)")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise ValueError(f"tokenizer is a {type(tokenizer).__name__}; give the model's own, from AutoTokenizer.from_pretrained")
+    if quantized(model):
+        raise ValueError("model is loaded in 8 or 4 bits, and 0 of its quantized weights can be trained; load it without, and only the "
+                         "reference in fewer bits")
     if ref_model is not None and num_shared_layers is not None:
         raise ValueError(f"num_shared_layers is {num_shared_layers} but a ref_model is given; leave one of them out, or make the "
                          "reference with create_reference_model(model, num_shared_layers)")

@@ -1,16 +1,18 @@
 """The frozen reference policy: the model as it was before training, which the KL penalty pulls towards.
 
 Why: a policy that maximises a reward model alone soon writes text that only the reward model likes. The penalty needs the
-log-probs of the original model, and that model must not move by one bit during training.
+log-probs of the original model, and that model must not move by one bit during training. A second model costs as much as the
+first; when both share their first layers, that part is stored once, frozen, and computed once per batch.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2. Names are those of TRL 0.11.4.
 Differs from TRL 0.11.4 in: layers that are shared really are the same tensors (there, `num_shared_layers` froze the
 policy's first layers but kept a second copy of them: 0 of 103 tensors shared); only the embeddings and the first layers
 are shared (there, OPT's final norm was frozen too, as it is registered before the layers); a layer number outside the
-model is an error with both numbers.
-Shapes: none; this file deals in modules and parameters.
+model is an error with both numbers; the shared layers run once per batch (there, 1 + 1 + ppo_epochs times).
+Shapes: the output of the shared layers is (B, T, H), as drawn in ppo_core.py.
 Copy me: needs torch. Tested by tests/test_reference.py.
 """
 import copy
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -42,21 +44,25 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
 
 def shared_parameters(model, num_shared_layers, pattern=None):
     """-> list of parameters: all that is computed before block number `num_shared_layers` (embeddings and blocks)."""
-    layers_name, layers = find_layers(model, pattern)
+    name, layers = find_layers(model, pattern)
     if not 0 <= num_shared_layers <= len(layers):
         raise ValueError(f"num_shared_layers is {num_shared_layers} but the model has {len(layers)} layers; "
                          f"use a number from 0 to {len(layers)}, or None to share nothing")
+    return parameters_below(model, name, num_shared_layers)
+
+
+def parameters_below(model, layers_name, count):
+    """-> list of parameters that are used before block number `count` of the list called `layers_name`."""
     trunk = layers_name[:layers_name.rfind(".") + 1]        # with its dot; "" when the blocks lie at the top
-    shared, passed = [], False                              # passed: what is registered after the blocks comes after them
+    below, passed = [], False                               # passed: what is registered after the blocks comes after them
     for name, parameter in model.named_parameters():
         if name.startswith(layers_name + "."):
             passed = True
-            index = int(name[len(layers_name) + 1:].split(".")[0])
-            if index < num_shared_layers:
-                shared.append(parameter)
+            if int(name[len(layers_name) + 1:].split(".")[0]) < count:
+                below.append(parameter)
         elif name.startswith(trunk) and not passed and not after_the_layers(name[len(trunk):]):
-            shared.append(parameter)
-    return shared
+            below.append(parameter)
+    return below
 
 
 def after_the_layers(name):
@@ -85,6 +91,61 @@ def shared_bytes(model, reference):
     return sum(p.numel() * p.element_size() for p in reference.parameters() if p.data_ptr() in kept)
 
 
+class SharedTrunk:
+    """The first blocks of two models that share them: run once per batch, then replayed.
+
+    Their output is the same in both models and stays so while the policy trains, as everything in them and below them is
+    frozen. One pass therefore serves the rollout's log-probs, the reference's, and every PPO epoch. With nothing shared,
+    `record` and `replay` do nothing.
+    """
+
+    def __init__(self, model, reference):
+        self.blocks, self.in_tuple = [], False              # blocks: of both models, the policy's first
+        frozen = {id(p) for p in reference.parameters() if not p.requires_grad}
+        theirs = dict(reference.named_modules())
+        for name, layers in model.named_modules():
+            if not isinstance(layers, nn.ModuleList):
+                continue
+            own = [{id(p) for p in layer.parameters()} for layer in layers]
+            count = next((n for n, ids in enumerate(own) if not ids or not ids <= frozen), len(own))
+            if count and {id(p) for p in parameters_below(model, name, count)} <= frozen:
+                self.blocks, self.last = [*layers[:count], *theirs[name][:count]], layers[count - 1]
+                break
+
+    @contextmanager
+    def record(self):
+        """The policy runs within it, once. -> dict that then holds "trunk": the blocks' output (b, T, H); {} if none are shared."""
+        kept = {}
+
+        def keep(_, inputs, output):
+            self.in_tuple = isinstance(output, tuple)       # GPT-J's blocks give a tuple, GPT-2's a tensor
+            kept["trunk"] = output[0] if self.in_tuple else output
+
+        handles = [self.last.register_forward_hook(keep)] if self.blocks else []
+        try:
+            yield kept
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def replay(self, hidden=None):
+        """Within it the shared blocks of either model compute nothing and give `hidden` (b, T, H); None = compute as usual."""
+        blocks = [] if hidden is None else self.blocks
+        output = (hidden,) if self.in_tuple else hidden
+        before = [vars(block).get("forward") for block in blocks]       # accelerate's hooks put one there too
+        for block in blocks:        # their forward, not their place in the list: some models read each block's number or kind
+            block.forward = lambda *args, **kwargs: output
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, before):
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+
 if __name__ == "__main__":
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -97,5 +158,10 @@ if __name__ == "__main__":
     policy(ids, labels=ids).loss.backward()
     optimizer.step()
     print("bytes shared:", shared_bytes(policy, reference), "of", sum(p.nbytes for p in policy.parameters()))
+    trunk = SharedTrunk(policy, reference)
+    with trunk.record() as kept:
+        logits = policy(ids).logits
+    with trunk.replay(kept["trunk"]):
+        print("replayed trunk changes logits by", f"{(policy(ids).logits - logits).abs().max():.1e}")
     print("policy moved by", f"{(policy(ids).logits - before).abs().max():.4f}",
           "reference moved by", (reference(ids).logits - before).abs().max().item())

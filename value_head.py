@@ -11,8 +11,9 @@ log-probs were off by 0.3); the head reads the very tensor that feeds `lm_head`,
 type is asked for; the head stays float32; a head that is missing from a checkpoint is said aloud.
 Shapes: (B, T) token ids -> logits (B, T, V), values (B, T). values[:, t] is V(everything up to and including token t),
 which is what the model knew before it chose token t+1; ppo_core.py draws the picture.
-Copy me: needs torch and transformers. Tested by tests/test_value_head.py.
+Copy me: needs torch and transformers, and bitsandbytes for 8 or 4 bits. Tested by tests/test_value_head.py.
 """
+import importlib.util
 import inspect
 import json
 import logging
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 logger = logging.getLogger(__name__)
@@ -82,13 +83,18 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """Load from a folder, a hub id, or wrap a model that is already loaded.
 
         Keywords for the head (`summary_dropout_prob`, `v_head_init_strategy`, `v_head_initializer_range`) are taken out,
-        all others go to `AutoModelForCausalLM.from_pretrained`. A `v_head.*` found beside the weights is loaded;
+        all others go to `AutoModelForCausalLM.from_pretrained`; `load_in_8bit=True` and `load_in_4bit=True`, the older spelling of
+        a `quantization_config`, are understood (such a model is fit for a reference, not for training). A `v_head.*` found beside the weights is loaded;
         otherwise a new one is made and that is logged. ValueError if there is no such model, or it has no LM head.
         """
         head_arguments = {k: kwargs.pop(k) for k in HEAD_ARGUMENTS if k in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             return cls(pretrained_model_name_or_path, **head_arguments)
         name = os.fspath(pretrained_model_name_or_path)
+        translate_bits(kwargs)
+        if kwargs.get("device_map") == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            # "auto" would spread each process's model over the devices of all the others.
+            kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
         if not ({"dtype", "torch_dtype", "quantization_config"} & set(kwargs)):
             # transformers 5 keeps the checkpoint's type. PPO's updates are far smaller than a bf16 weight's last bit.
             kwargs["dtype"] = torch.float32
@@ -167,6 +173,18 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         kwargs.setdefault("state_dict", self.state_dict())
         self.pretrained_model.save_pretrained(folder, **kwargs)
         remove_older_layout(folder)
+
+
+def translate_bits(kwargs):
+    """load_in_8bit / load_in_4bit in `kwargs` -> a BitsAndBytesConfig, which is how transformers 5 wants it, in place."""
+    bits = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
+    if not any(bits.values()):
+        return
+    if kwargs.get("quantization_config") is not None:
+        raise ValueError(f"both {' and '.join(bits)} and a quantization_config are given; give one of them")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"{' and '.join(bits)} needs the package bitsandbytes, which is not installed; run: pip install bitsandbytes")
+    kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
 
 
 @contextmanager

@@ -13,12 +13,15 @@ on prompts held out from training, before and after. What it leaves in runs/<nam
     metrics.jsonl   one line per step: every statistic but the per-token ones; the README's glossary says what each means
     curves.png      score, KL, entropy, losses
     samples.md      the same 16 held-out prompts answered before and after, with scores
+    summary.json    the last lines of the run as numbers: scores, KL, seconds, peak memory, bytes of optimizer state
     final/          the trained policy with its value head, for from_pretrained; plain transformers loads it too
 """
 import argparse
 import dataclasses
+import itertools
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -27,6 +30,9 @@ from typing import Literal, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+# Before torch is loaded: its threads wait for each other in a loop that by default never sleeps. With one busy neighbour on 2
+# cores a step then took 35 s instead of 2.4; with a short loop, 5 s, and 2.4 still on a quiet machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import accelerate
 import torch
@@ -41,6 +47,9 @@ from ppo_core import PPOConfig, PPOTrainer, knob
 from value_head import AutoModelForCausalLMWithValueHead
 
 
+ADAM_LEARNING_RATE = 4e-4       # suits a model of a few million parameters; a large one wants PPOConfig's 1.41e-5
+
+
 @dataclass
 class RunConfig(PPOConfig):
     """Every PPOConfig field, with defaults that suit the small review model on a CPU, and what only a script needs."""
@@ -52,7 +61,7 @@ class RunConfig(PPOConfig):
     mini_batch_size: Optional[int] = knob(None, "responses per forward and backward pass and process; default: the largest divisor "
                                                 "of batch_size up to 32")
     ppo_epochs: int = knob(2, "passes over each batch of responses")
-    learning_rate: Optional[float] = knob(None, "of the optimizer; default: 4e-4, which suits a small model, and a third for lion")
+    learning_rate: Optional[float] = knob(None, f"of the optimizer; default: {ADAM_LEARNING_RATE}, and a third of it for lion")
     init_kl_coef: float = knob(0.01, "reward lost per nat of KL to the reference, at the start")
     # ---- the script's own
     steps: int = knob(100, "PPO steps; each is one batch of responses")
@@ -62,15 +71,16 @@ class RunConfig(PPOConfig):
     max_new_tokens: int = knob(24, "longest response, in tokens; shorter where the model ends it with EOS")
     reward_fn: Optional[str] = knob(None, "path/to/file.py:function, (prompts, responses) -> list of floats; instead of "
                                           "reward_model")
-    optimizer: Literal["adam", "sgd", "lion"] = knob("adam", "adam, sgd or lion")
+    optimizer: Literal["adam", "sgd", "lion", "adam8bit"] = knob("adam", "adam, sgd, lion, or adam8bit, which needs bitsandbytes")
     lr_scheduler: Literal["constant", "linear", "cosine", "exponential"] = knob("cosine", "of the learning rate, over `steps`")
     warmup_steps: int = knob(0, "steps over which the learning rate rises to its value")
     num_shared_layers: Optional[int] = knob(None, "first layers that policy and reference share, frozen; default: none")
+    reference_bits: Optional[Literal[8, 4]] = knob(None, "load the reference in 8 or 4 bits; needs bitsandbytes")
     cpu: bool = knob(False, "stay on the CPU where there is a GPU")
 
     def __post_init__(self):
         if self.learning_rate is None:
-            self.learning_rate = 4e-4 / (3 if self.optimizer == "lion" else 1)
+            self.learning_rate = optim.default_learning_rate(self.optimizer, ADAM_LEARNING_RATE)
         if self.mini_batch_size is None and self.batch_size > 0:
             per_step = max(1, self.batch_size // self.gradient_accumulation_steps)
             self.mini_batch_size = max(n for n in range(1, min(32, per_step) + 1) if per_step % n == 0)
@@ -78,6 +88,9 @@ class RunConfig(PPOConfig):
         for name in ("steps", "max_new_tokens", "eval_prompts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.reference_bits is not None and self.num_shared_layers is not None:
+            raise ValueError(f"reference_bits is {self.reference_bits} and num_shared_layers is {self.num_shared_layers}, but a layer "
+                             "that is stored in fewer bits is another layer; leave one of them out")
 
 
 def main(arguments=None):
@@ -96,10 +109,13 @@ def main(arguments=None):
     model = AutoModelForCausalLMWithValueHead.from_pretrained(model_path, v_head_init_strategy="zero")
     tokenizer = load_tokenizer(model_path)
     with distributed.whole_weights(model):
-        ref_model = reference.create_reference_model(model, config.num_shared_layers)
+        ref_model = (reference.create_reference_model(model, config.num_shared_layers) if config.reference_bits is None else
+                     AutoModelForCausalLMWithValueHead.from_pretrained(model_path, device_map="auto",
+                                                                       **{f"load_in_{config.reference_bits}bit": True}))
 
     # --------------------------------------------------------------------------------------------- optimizer
-    optimizer = optim.make_optimizer(config.optimizer, optim.trainable_parameters(model), config.learning_rate)
+    optimizer = optim.make_optimizer(config.optimizer, optim.trainable_parameters(model), config.learning_rate,
+                                     ADAM_LEARNING_RATE)
     lr_scheduler = optim.make_schedule(config.lr_scheduler, optimizer, config.steps, config.warmup_steps)
 
     # ------------------------------------------------------------------------------------------------ reward
@@ -145,7 +161,7 @@ def main(arguments=None):
     after = evaluate(trainer, reward, eval_prompts)
     trainer.save_pretrained(run.folder / "final")
     accelerator.end_training()
-    run.finish(before, after)
+    run.finish(before, after, optim.state_bytes(optimizer))
 
 
 # ------------------------------------------------------------------------------------------------ what main() calls
@@ -239,8 +255,9 @@ def plan(config, accelerator, model, ref_model):
     trained = sum(distributed.whole_numel(p) for p in model.parameters() if p.requires_grad)
     frozen = sum(distributed.whole_numel(p) for p in model.parameters() if not p.requires_grad)
     shared = reference.shared_bytes(model, ref_model)
-    weights = sum(p.nbytes for p in model.parameters()) + sum(p.nbytes for p in ref_model.parameters()) - shared
-    state = {"adam": 2, "lion": 1, "sgd": 0}[config.optimizer] * 4 * trained
+    own = sum(p.nbytes for p in ref_model.parameters()) - shared       # bytes; int8 counts as one
+    weights = sum(p.nbytes for p in model.parameters()) + own
+    state = {"adam": 8, "lion": 4, "sgd": 0, "adam8bit": 2}[config.optimizer] * trained     # bytes
     vocabulary = model.pretrained_model.get_output_embeddings().out_features
     # logits, their gradient, and two temporaries of softmax, float32
     logits = 4 * 4 * config.mini_batch_size * config.max_new_tokens * vocabulary
@@ -249,7 +266,8 @@ def plan(config, accelerator, model, ref_model):
         f"batch      {config.batch_size} responses a step" + (f" on each of {processes} processes" if processes > 1 else "") +
         f", {config.ppo_epochs} epochs of {per_step} optimizer step(s), each over {config.gradient_accumulation_steps} "
         f"mini-batch(es) of {config.mini_batch_size}; {config.steps} steps = {config.steps * config.batch_size * processes} responses",
-        f"parameters {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; reference shares {shared / 1e6:.1f} MB",
+        f"parameters {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; the reference shares {shared / 1e6:.1f} MB and "
+        f"adds {own / 1e6:.1f} MB",
         f"memory     about {total / 1e6:.0f} MB on {accelerator.device} beside activations and the reward model: weights {weights / 1e6:.0f}, gradients "
         f"{4 * trained / 1e6:.0f}, optimizer {state / 1e6:.0f}, logits of a mini-batch {logits / 1e6:.0f}"])
 
@@ -260,22 +278,28 @@ class RunFolder:
     def __init__(self, config, accelerator):
         self.main, self.started, self.steps = accelerator.is_main_process, time.perf_counter(), config.steps
         self.seconds, self.device = 0.0, accelerator.device       # seconds spent in steps
-        folder = config.output_dir or next(
-            name for name in (f"runs/{Path(config.model_name).name}-{n}" for n in range(1, 10 ** 6)) if not os.path.exists(name))
-        # every process must see the same free number, so the main one decides
-        self.folder = Path(accelerate.utils.broadcast_object_list([folder])[0])
-        if not unused(self.folder):
-            raise ValueError(f"{self.folder} already has a run or other files; choose another --output_dir or move it away")
-        accelerator.wait_for_everyone()
-        if self.main:
-            versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
-                self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
-            except OSError as error:
-                raise ValueError(f"cannot write to the run folder {self.folder}: {error.strerror}; "
-                                 "choose another --output_dir") from error
+        made = self.make(config) if self.main else None
+        # Every process must see the same folder, and stop with the main one if there is none.
+        folder, problem = accelerate.utils.broadcast_object_list([made])[0]
+        if problem is not None:
+            raise ValueError(problem)
+        self.folder = Path(folder)
+
+    def make(self, config):
+        """-> (folder, None) with config.json and an empty metrics.jsonl in it, or (None, what is wrong)."""
+        folder = Path(config.output_dir or f"runs/{Path(config.model_name).name}-N")
+        versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
+        try:
+            if config.output_dir is None:
+                folder = first_free(f"runs/{Path(config.model_name).name}")
+            elif not unused(folder):
+                return None, f"{folder} already has a run or other files; choose another --output_dir or move it away"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
+            self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        except OSError as error:
+            return None, f"cannot write to the run folder {folder}: {error.strerror}; choose another --output_dir"
+        return str(folder), None
 
     def say(self, text):
         if self.main:
@@ -295,17 +319,33 @@ class RunFolder:
                  f"KL coef {stats['objective/kl_coef']:.4f}  length {stats['tokens/responses_len_mean']:5.1f}  "
                  f"{tokens / seconds:5.0f} tokens/s  {left // 60:3d}:{left % 60:02d} left")
 
-    def finish(self, before, after):
+    def finish(self, before, after, state_bytes):
         if not self.main:
             return
         self.metrics.close()
         rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
         draw_curves(rows, self.folder / "curves.png")
         write_samples(before, after, self.folder / "samples.md")
-        self.say(f"before: {before}\nafter:  {after}, KL {rows[-1]['objective/kl']:.2f} nats\n"
-                 f"{time.perf_counter() - self.started:.0f} s, peak memory {distributed.peak_memory(self.device) / 1e6:.0f} MB; the "
-                 f"model is in {self.folder / 'final'}, "
-                 f"see also {self.folder / 'curves.png'} and samples.md")
+        sides = {f"{name} {side}": getattr(evaluation, name) for side, evaluation in (("before", before), ("after", after))
+                 for name in ("score", "distinct_bigrams")}
+        summary = {**sides, "kl": rows[-1]["objective/kl"], "steps": self.steps, "seconds": time.perf_counter() - self.started,
+                   "seconds in steps": self.seconds, "peak memory bytes": distributed.peak_memory(self.device),
+                   "optimizer state bytes": state_bytes}
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        self.say(f"before: {before}\nafter:  {after}, KL {summary['kl']:.2f} nats\n{summary['seconds']:.0f} s, peak memory "
+                 f"{summary['peak memory bytes'] / 1e6:.0f} MB; the model is in {self.folder / 'final'}, see also "
+                 f"{self.folder / 'curves.png'} and samples.md")
+
+
+def first_free(prefix):
+    """Make the first of prefix-1, prefix-2, ... that does not exist. Making it is the test: two runs may start at once."""
+    for number in itertools.count(1):
+        folder = Path(f"{prefix}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
 
 
 def unused(folder):
@@ -348,6 +388,7 @@ def write_samples(before, after, path, count=16):
 
 if __name__ == "__main__":
     try:
-        main()
+        # Flags from the environment come last and win; README.md says what for.
+        main(sys.argv[1:] + shlex.split(os.environ.get("PLAINPPO_ARGS", "")))
     except ValueError as error:      # what a person can mend is said in one sentence, without a traceback
         sys.exit(f"error: {error}")

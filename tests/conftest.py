@@ -10,3 +10,5 @@ sys.path.insert(0, str(ROOT / "scripts"))
 os.environ["ACCELERATE_USE_CPU"], os.environ["CUDA_VISIBLE_DEVICES"] = "true", ""
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The models are tiny: a second thread gains nothing, and waiting for it on a busy machine costs minutes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")

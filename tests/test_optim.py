@@ -1,13 +1,15 @@
 """optim.py: Lion is the paper's algorithm, and schedules give the learning rates one works out by hand."""
 import copy
+import importlib.util
 import io
 import warnings
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
 
-from optim import OPTIMIZERS, SCHEDULES, Lion, lion_update, make_optimizer, make_schedule, trainable_parameters
+from optim import OPTIMIZERS, SCHEDULES, Lion, lion_update, make_optimizer, make_schedule, state_bytes, trainable_parameters
 
 
 def gradients(steps, shape, seed=0):
@@ -89,8 +91,8 @@ def test_lion_trains_bf16_parameters_with_bf16_state():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_restored_optimizer_continues_exactly(name):
     torch.manual_seed(0)
-    layer = torch.nn.Linear(4, 3)
-    data = torch.randn(12, 8, 4)
+    layer = torch.nn.Linear(80, 64)         # 5,120 weights: enough for 8-bit state, and the bias keeps float32
+    data = torch.randn(12, 8, 80)
 
     def train(layer, optimizer, batches):
         for batch in batches:
@@ -122,7 +124,8 @@ def test_lion_refuses_settings_that_cannot_work(arguments):
 
 
 @pytest.mark.parametrize("name, kind, default", [("adam", torch.optim.Adam, 1.41e-5), ("sgd", torch.optim.SGD, 1.41e-5),
-                                                 ("lion", Lion, 1.41e-5 / 3)])
+                                                 ("lion", Lion, 1.41e-5 / 3),
+                                                 ("adam8bit", bitsandbytes.optim.Adam8bit, 1.41e-5)])
 def test_make_optimizer_gives_the_class_and_its_default_learning_rate(name, kind, default):
     parameters = [torch.nn.Parameter(torch.zeros(2))]
     optimizer = make_optimizer(name, parameters)
@@ -139,15 +142,75 @@ def test_every_listed_optimizer_can_be_made_and_an_unknown_one_names_them():
         make_optimizer("adagrad", parameters)
 
 
+def one_step(name, layer):
+    optimizer = make_optimizer(name, layer.parameters(), learning_rate=0.01)
+    layer(torch.ones(1, layer.in_features)).sum().backward()
+    optimizer.step()
+    return optimizer
+
+
 @pytest.mark.parametrize("name, expected", [("adam", 8), ("lion", 4), ("sgd", 0)])
 def test_bytes_of_state_per_float32_parameter(name, expected):
     layer = torch.nn.Linear(30, 20)
-    optimizer = make_optimizer(name, layer.parameters(), learning_rate=0.01)
-    layer(torch.ones(1, 30)).sum().backward()
-    optimizer.step()
-    # Adam's step counter, a tensor without dimensions, does not grow with the parameters.
-    state = sum(t.nbytes for s in optimizer.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
-    assert state == expected * sum(p.numel() for p in layer.parameters())
+    counters = 2 * 4 if name == "adam" else 0       # Adam counts its steps for each of the two tensors, in 4 bytes
+    assert state_bytes(make_optimizer(name, layer.parameters())) == 0
+    assert state_bytes(one_step(name, layer)) == expected * sum(p.numel() for p in layer.parameters()) + counters
+
+
+def test_8_bit_adam_keeps_one_byte_moments_for_large_tensors_and_float32_for_small_ones():
+    layer = torch.nn.Linear(256, 64)
+    optimizer = one_step("adam8bit", layer)
+    large, small = optimizer.state[layer.weight], optimizer.state[layer.bias]
+    assert large["state1"].dtype == large["state2"].dtype == torch.uint8
+    assert small["state1"].dtype == small["state2"].dtype == torch.float32
+    # two moments; one scale in float32 per block of 256 for each of them; two tables of 256 values; and the bias
+    assert state_bytes(optimizer) == 2 * layer.weight.numel() * (1 + 4 / 256) + 2 * 256 * 4 + 2 * 4 * layer.bias.numel()
+
+
+def test_8_bit_adam_follows_adam():
+    moved = {}
+    for name in ("adam", "adam8bit"):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(256, 64, bias=False)
+        start, data = layer.weight.detach().clone(), torch.randn(10, 32, 256)
+        optimizer = make_optimizer(name, layer.parameters(), learning_rate=1e-3)
+        for batch in data:
+            optimizer.zero_grad()
+            (layer(batch) - 1).square().mean().backward()
+            optimizer.step()
+        moved[name] = (layer.weight.detach() - start).flatten()
+    assert torch.nn.functional.cosine_similarity(moved["adam"], moved["adam8bit"], dim=0) > 0.99
+    assert 0.97 < moved["adam8bit"].norm() / moved["adam"].norm() < 1.03
+
+
+def test_8_bit_adam_without_its_package_says_what_to_install(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find_spec(name, *a))
+    with pytest.raises(ValueError, match="adam8bit.*pip install bitsandbytes"):
+        make_optimizer("adam8bit", [torch.nn.Parameter(torch.zeros(2))])
+
+
+@pytest.mark.parametrize("lr, said", [(1e-3, True), (3e-4, True), (1e-4, False), (None, False)])
+def test_lion_at_adams_learning_rate_warns_and_keeps_the_value(lr, said, caplog):
+    optimizer = make_optimizer("lion", [torch.nn.Parameter(torch.zeros(2))], lr, adam_learning_rate=3e-4)
+    assert optimizer.param_groups[0]["lr"] == (3e-4 / 3 if lr is None else lr)
+    assert ("every entry moves by all of it" in caplog.text) == said
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_equals_the_public_package(weight_decay):
+    from lion_pytorch import Lion as PublicLion
+    layers = []
+    for kind in (Lion, PublicLion):
+        torch.manual_seed(0)
+        layer, data = torch.nn.Linear(16, 8), torch.randn(20, 4, 16)
+        optimizer = kind(layer.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=weight_decay)
+        for batch in data:
+            optimizer.zero_grad()
+            (layer(batch) - 1).square().mean().backward()
+            optimizer.step()
+        layers.append(layer)
+    assert torch.equal(layers[0].weight, layers[1].weight) and torch.equal(layers[0].bias, layers[1].bias)
 
 
 def test_trainable_parameters_leaves_frozen_ones_out():

@@ -17,7 +17,7 @@ import distributed
 from ppo_core import (LengthSampler, PPOConfig, PPOTrainer, collate, disable_dropout, entropy_from_logits, gae,
                       logprobs_from_logits, masked_mean, masked_var, masked_whiten, policy_loss, sampling_arguments, take,
                       value_loss)
-from reference import create_reference_model
+from reference import create_reference_model, find_layers
 from value_head import AutoModelForCausalLMWithValueHead
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -356,7 +356,8 @@ def test_dropout_plays_no_part():
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = rate
-        trainer = PPOTrainer(config(), model, None, tokenizer(), optimizer=sgd(model))
+        own_reference = create_reference_model(model).train()       # a caller may pass it in train mode
+        trainer = PPOTrainer(config(), model, own_reference, tokenizer(), optimizer=sgd(model))
         np.random.seed(0)
         trainer.step(*ragged())
         results.append(weights(trainer))
@@ -742,6 +743,71 @@ def test_reference_copies_given_explicitly_equal_the_default_one():
     assert distance(*results) == 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("settings", [dict(mini_batch_size=2), dict(kl_penalty="full"),
+                                      dict(gradient_checkpointing=True, mini_batch_size=2, gradient_accumulation_steps=2)])
+def test_the_shared_trunk_runs_once_per_batch_and_changes_no_number(family, settings):
+    results = []
+    for reuse in (True, False):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        model = tiny(family)
+        trainer = PPOTrainer(config(**settings), model, None, tokenizer(), optimizer=None, num_shared_layers=1)
+        first, calls = find_layers(model)[1][0], []
+        if not reuse:
+            trainer.trunk.blocks = []
+        trainer.optimizer = trainer.accelerator.prepare(sgd(model))
+        own = first.forward
+        first.forward = lambda *args, **kwargs: (calls.append(1), own(*args, **kwargs))[1]
+        stats = [trainer.step(*ragged(seed=i)) for i in range(3)]
+        results.append((weights(trainer), stats, len(calls)))
+    (ours, stats, once), (plain, plain_stats, often) = results
+    batches = 3 * 4 // trainer.config.mini_batch_size
+    assert once == batches and often >= 3 * batches         # the policy's first block: rollout only, or rollout and 2 epochs
+    assert distance(ours, plain) < 1e-5 and distance(ours, weights(make(family))) > 1e-4
+    for new, old in zip(stats, plain_stats):
+        for key in ("objective/kl", "ppo/loss/policy", "ppo/loss/value", "ppo/policy/entropy", "ppo/policy/approxkl"):
+            assert new[key] == pytest.approx(old[key], abs=1e-5), key
+
+
+def test_a_batch_with_a_trunk_is_trimmed_like_its_tokens():
+    queries, responses, _ = ragged()
+    batch = collate(queries, responses, None, 0)
+    batch["trunk"] = torch.randn(*batch["input_ids"].shape, 3)
+    rows = take(batch, torch.tensor([0, 2]))
+    assert rows["trunk"].shape == (2, rows["input_ids"].shape[1], 3)
+    assert torch.equal(rows["trunk"], batch["trunk"][[0, 2], :rows["input_ids"].shape[1]])
+
+
+REVIEW_LM = Path(__file__).resolve().parent.parent / "assets" / "review-lm"     # 4 bits need 64 entries to a row at least
+
+
+def review_lm(bits=None):
+    keywords = {} if bits is None else {"device_map": "auto", f"load_in_{bits}bit": True}
+    return AutoModelForCausalLMWithValueHead.from_pretrained(REVIEW_LM, **keywords)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_reference_is_left_as_it_was_and_its_offset_is_said_once(bits, caplog):
+    model, reference = review_lm(), review_lm(bits)
+    ids = torch.randint(5, 90, (2, 6))
+    with torch.no_grad():
+        before = reference(ids, torch.ones_like(ids))[0]
+    trainer = PPOTrainer(config(), model, reference, tokenizer(), optimizer=sgd(model))
+    assert trainer.ref_model is reference
+    with caplog.at_level(logging.WARNING):
+        stats = [trainer.step(*ragged(seed=i)) for i in range(2)]
+    said = [r.getMessage() for r in caplog.records if "rounded copy" in r.getMessage()]
+    assert len(said) == 1 and f"{stats[0]['objective/kl']:.4f} nats" in said[0] and abs(stats[0]["objective/kl"]) > 1e-3
+    with torch.no_grad():
+        assert torch.equal(reference(ids, torch.ones_like(ids))[0], before)
+
+
+def test_a_quantized_policy_is_refused():
+    with pytest.raises(ValueError, match="0 of its quantized weights can be trained"):
+        PPOTrainer(config(), review_lm(8), None, tokenizer())
+
+
 def test_all_phases_are_timed():
     stats = make().step(*ragged())
     phases = [stats[f"time/ppo/{name}"] for name in ("forward_pass", "compute_rewards", "compute_advantages", "optimize_step",
@@ -753,7 +819,9 @@ def test_statistics_reach_tensorboard_and_wandb(tmp_path, monkeypatch):
     from accelerate.state import AcceleratorState
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):       # as on a machine without an account: nothing is asked, nothing sent
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("tensorboard", "wandb"):
         AcceleratorState._reset_state(reset_partial_state=False)
         model = tiny()

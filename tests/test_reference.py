@@ -9,7 +9,7 @@ from torch import nn
 from transformers import (AutoModelForCausalLM, BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MptConfig, OPTConfig,
                           Qwen2Config)
 
-from reference import create_reference_model, find_layers, shared_bytes
+from reference import SharedTrunk, create_reference_model, find_layers, shared_bytes
 from value_head import AutoModelForCausalLMWithValueHead
 
 V, LAYERS = 40, 3
@@ -280,3 +280,81 @@ def test_find_layers_gives_the_name_and_the_blocks():
     name, layers = find_layers(policy)
     assert name == "pretrained_model.model.decoder.layers"
     assert layers is policy.pretrained_model.model.decoder.layers and len(layers) == LAYERS
+
+
+# ------------------------------------------------------------------------------------- the trunk, computed once
+
+
+def block_calls(model, family):
+    """-> list that grows by the number of each block whose own forward is run (replay puts another in its place)."""
+    _, layers = find_layers(model)
+    calls = []
+    for number, layer in enumerate(layers):
+        own = layer.forward
+        layer.forward = lambda *args, own=own, number=number, **kwargs: (calls.append(number), own(*args, **kwargs))[1]
+    return calls
+
+
+@every_family
+@pytest.mark.parametrize("layers", [1, 2, LAYERS])
+def test_a_replayed_trunk_gives_both_models_their_own_outputs_and_runs_no_shared_block(family, layers):
+    policy = small_policy(family).eval()
+    reference = create_reference_model(policy, layers)
+    with torch.no_grad():
+        for parameter in policy.parameters():       # as after some updates: the two models now differ above the trunk
+            if parameter.requires_grad:
+                parameter.mul_(1.1)
+    expected = [outputs(policy), outputs(reference)]
+    assert not torch.equal(expected[0][0], expected[1][0])
+    trunk = SharedTrunk(policy, reference)
+    with trunk.record() as kept:
+        recorded = outputs(policy)
+    assert torch.equal(recorded[0], expected[0][0]) and kept["trunk"].shape == (2, 9, 16) and not kept["trunk"].requires_grad
+    calls = block_calls(policy, family)
+    with trunk.replay(kept["trunk"]):
+        for model, (logits, values) in zip((policy, reference), expected):
+            for ours, theirs in zip(outputs(model), (logits, values)):
+                assert torch.allclose(ours, theirs, atol=1e-5)
+    assert calls == list(range(layers, LAYERS))
+    assert outputs(policy) and calls[LAYERS - layers:] == list(range(LAYERS))       # and all is as before afterwards
+
+
+def test_what_is_replayed_is_what_the_models_see():
+    policy = small_policy().eval()
+    reference = create_reference_model(policy, 2)
+    trunk = SharedTrunk(policy, reference)
+    with trunk.record() as kept:
+        before = outputs(policy)[0]
+    with trunk.replay(kept["trunk"].flip(-1)):
+        assert not torch.allclose(outputs(policy)[0], before, atol=1e-2)
+
+
+def test_the_trunk_is_not_reused_where_something_below_it_is_trained():
+    policy = small_policy("llama")
+    reference = create_reference_model(policy, 2)
+    assert SharedTrunk(policy, reference).blocks
+    policy.pretrained_model.model.embed_tokens.weight.requires_grad_(True)
+    assert not SharedTrunk(policy, reference).blocks
+
+
+@pytest.mark.parametrize("layers", [None, 0])
+def test_without_shared_blocks_there_is_nothing_to_record_or_replay(layers):
+    policy = small_policy()
+    trunk = SharedTrunk(policy, create_reference_model(policy, layers))
+    with trunk.record() as kept:
+        before = outputs(policy)[0]
+    assert kept == {}
+    with trunk.replay(None):
+        assert torch.equal(outputs(policy)[0], before)
+
+
+def test_replay_gives_back_the_forward_it_found_even_when_the_model_raises():
+    policy = small_policy()
+    trunk = SharedTrunk(policy, create_reference_model(policy, 2))
+    block = policy.pretrained_model.transformer.h[0]
+    for placed in (None, lambda *args, **kwargs: 1 / 0):        # accelerate puts its own forward on a block
+        if placed is not None:
+            block.forward = placed
+        with pytest.raises(KeyError), trunk.replay(torch.zeros(2, 9, 16)):
+            raise KeyError
+        assert vars(block).get("forward") is placed

@@ -168,6 +168,49 @@ def test_two_processes_train_one_run(tmp_path):
     assert [row["step"] for row in rows] == [1, 2] and len(rows[0]["objective/kl_dist"]) == 16
 
 
+def test_the_summary_says_in_numbers_what_was_printed(run):
+    folder, out = run
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"before: mean score {summary['score before']:.3f}" in out and f"after:  mean score {summary['score after']:.3f}" in out
+    assert f"peak memory {summary['peak memory bytes'] / 1e6:.0f} MB" in out and summary["steps"] == 2
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(folder / "final")
+    parameters = list(model.parameters())
+    assert summary["optimizer state bytes"] == 8 * sum(p.numel() for p in parameters) + 4 * len(parameters)     # Adam
+
+
+def test_an_8_bit_reference_says_its_offset_and_cannot_share_layers(tmp_path, caplog):
+    train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--reference_bits", "8"])
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert f"before any update the KL to it is already {first['objective/kl']:.4f} nats" in caplog.text
+    with pytest.raises(ValueError, match="reference_bits is 8 and num_shared_layers is 2"):
+        train.main([*SMALL, "--output_dir", str(tmp_path / "other"), "--reference_bits", "8", "--num_shared_layers", "2"])
+
+
+def test_flags_from_the_environment_come_last(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAINPPO_ARGS", f"--steps 0 --output_dir '{tmp_path}/a folder'")
+    done = script(*SMALL, "--output_dir", str(tmp_path / "other"))
+    assert done.returncode == 1 and "error: steps is 0; it must be at least 1" in done.stderr
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    assert {train.first_free(tmp_path / "runs" / "m").name for _ in range(3)} == {"m-1", "m-2", "m-3"}
+
+
+def test_a_thread_that_waits_does_not_take_the_processor_from_the_one_that_works():
+    code = "import os; os.environ.pop('GOMP_SPINCOUNT', None); import train; print(os.environ['GOMP_SPINCOUNT'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=100)
+    assert done.stdout == "4000\n", done.stderr
+
+
+def test_a_row_of_the_feature_table_is_a_run_and_a_failed_row_says_why(tmp_path, monkeypatch):
+    import bench
+    monkeypatch.setenv("PLAINPPO_ARGS", "--batch_size 8 --eval_prompts 8 --max_new_tokens 8")
+    line = bench.measure("adam8bit", 1, tmp_path)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert len(cells) == 7 and cells[0] == "8-bit Adam" and "→" in cells[1] and 8 < float(cells[6].removesuffix(" MB")) < 10
+    assert "failed: error: " in bench.measure("adam8bit", 1, tmp_path) and "already has a run" in bench.measure("adam8bit", 1, tmp_path)
+
+
 def test_prompts_that_repeat_count_once():
     prompts = train.load_prompts(train.RunConfig(), AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"), 1,
                                  AutoConfig.from_pretrained(ROOT / "assets" / "review-lm"))
@@ -225,7 +268,8 @@ def test_the_assets_are_small_half_precision_safetensors_with_a_card_each():
 
 
 def test_two_dozen_steps_raise_the_score(tmp_path, capsys):
-    train.main(["--cpu", "--steps", "25", "--max_new_tokens", "16", "--eval_prompts", "50", "--output_dir", str(tmp_path / "run")])
+    train.main(["--cpu", "--steps", "20", "--batch_size", "48", "--max_new_tokens", "12", "--eval_prompts", "50", "--lr_scheduler",
+                "constant", "--output_dir", str(tmp_path / "run")])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     scores = [row["ppo/mean_raw_scores"] for row in rows]
     assert sum(scores[-5:]) / 5 > sum(scores[:5]) / 5 + 0.08, scores        # from 0.51 to 0.68 when this was written

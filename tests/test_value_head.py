@@ -3,6 +3,7 @@
 Every model is tiny and random. All weights are drawn anew (small_model), because a fresh model has biases of 0 and norms
 of 1, and what forgets or swaps those would go unseen.
 """
+import importlib.util
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (AutoModelForCausalLM, BloomConfig, CodeGenConfig, GPT2Config, GPT2Model, GPTJConfig, GPTNeoConfig,
+from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, CodeGenConfig, GPT2Config, GPT2Model, GPTJConfig, GPTNeoConfig,
                           GPTNeoXConfig, LlamaConfig, OPTConfig, T5Config, T5ForConditionalGeneration)
 
 from value_head import AutoModelForCausalLMWithValueHead, ValueHead
@@ -533,6 +534,53 @@ def test_a_hub_id_loads_from_the_cache_with_its_value_head(tmp_path):
     loaded = load_file(tmp_path / "state.safetensors")
     for name, tensor in load_file(GOLDEN / "gpt2" / "model.safetensors").items():
         assert torch.equal(loaded[name], tensor), name
+
+
+# ------------------------------------------------------------------------------------------- in 8 and in 4 bits
+
+
+REVIEW_LM = ROOT / "assets" / "review-lm"       # 256 wide: 4-bit weights come in blocks of 64
+
+
+@pytest.mark.parametrize("bits, worst, share", [(8, 0.5, 0.6), (4, 3.0, 0.45)])
+def test_the_pages_keywords_load_a_quantized_model_with_its_head(bits, worst, share, tmp_path):
+    plain = AutoModelForCausalLMWithValueHead.from_pretrained(REVIEW_LM, v_head_init_strategy="normal").eval()
+    plain.save_pretrained(tmp_path)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, device_map="auto", **{f"load_in_{bits}bit": True}).eval()
+    assert (model.is_loaded_in_8bit, model.is_loaded_in_4bit) == (bits == 8, bits == 4)
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert ("Linear8bitLt" in kinds) == (bits == 8) and ("Linear4bit" in kinds) == (bits == 4)
+    assert torch.equal(model.v_head.summary.weight, plain.v_head.summary.weight) and model.v_head.summary.weight.dtype == torch.float32
+    (logits, values), (expected, expected_values) = outputs(model), outputs(plain)
+    difference = (logits.log_softmax(-1) - expected.log_softmax(-1)).abs().max()
+    assert 1e-4 < difference < worst        # rounded, but the same model
+    assert values.dtype == torch.float32 and not torch.equal(values, expected_values)
+    bytes_of = [each.pretrained_model.get_memory_footprint() for each in (model, plain)]
+    assert bytes_of[0] < share * bytes_of[1]
+
+
+def test_a_flag_for_bits_that_is_off_changes_nothing():
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(GOLDEN / "gpt2", load_in_8bit=False, load_in_4bit=False)
+    assert not model.is_loaded_in_8bit and {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_bits_asked_for_in_both_ways_or_without_their_package_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match="load_in_8bit and a quantization_config"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(REVIEW_LM, load_in_8bit=True,
+                                                          quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find_spec(name, *a))
+    with pytest.raises(ValueError, match="load_in_4bit needs.*pip install bitsandbytes"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(REVIEW_LM, load_in_4bit=True)
+
+
+@pytest.mark.parametrize("processes, expected", [("1", "auto"), ("2", {"": "cpu"})])
+def test_each_of_several_processes_loads_on_its_own_device(processes, expected, monkeypatch):
+    seen, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: (seen.append(k["device_map"]), load(*a, **k))[1])
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    AutoModelForCausalLMWithValueHead.from_pretrained(REVIEW_LM, device_map="auto", load_in_8bit=True)
+    assert seen == [expected]
 
 
 # -------------------------------------------------------------------------------------- gradient checkpointing
