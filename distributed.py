@@ -19,6 +19,7 @@ import os
 import random
 import resource
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -56,6 +57,8 @@ def prepare_for_deepspeed(cpu, kwargs):
     """What has to be said before the Accelerator exists. -> the `cpu` to give it; adds the plugin to its `kwargs`."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("this run was launched with DeepSpeed but deepspeed is not installed; run: pip install deepspeed ninja")
+    # DeepSpeed 0.19 calls torch's collectives by their older names, which torch 2.13 says at every new call site.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
     if cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         if torch.accelerator.is_available():
             raise ValueError(f"the CPU was asked for, but DeepSpeed takes the {torch.accelerator.device_count()} GPU(s) it sees; hide "
