@@ -22,6 +22,7 @@ import random
 import resource
 import shutil
 import sys
+import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -31,9 +32,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import is_initialized
 from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
 
-# ------------------------------------------------------------------------------------------------------ the machine
-
 logger = logging.getLogger(__name__)
+
+# ------------------------------------------------------------------------------------------------------ the machine
 
 
 def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, **kwargs):
@@ -72,6 +73,8 @@ def prepare_for_deepspeed(cpu, kwargs):
     """What has to be said before the Accelerator exists. -> the `cpu` to give it; adds the plugin to its `kwargs`."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("this run was launched with DeepSpeed but deepspeed is not installed; run: pip install deepspeed ninja")
+    # DeepSpeed 0.19 calls torch's collectives by their older names, which torch 2.13 says at every new call site.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
     if cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         if torch.accelerator.is_available():
             raise ValueError(f"the CPU was asked for, but DeepSpeed takes the {torch.accelerator.device_count()} GPU(s) it sees; hide "
