@@ -13,7 +13,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume features sharing \
+.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume features sharing stages \
 	test assets clean
 
 help:  ## list the targets
@@ -55,6 +55,9 @@ features: $(STAMP)  ## measure every feature on the default run; about half an h
 
 sharing: $(STAMP)  ## measure what running the shared layers once per batch saves
 	$(BIN)/python scripts/bench.py sharing $(ARGS)
+
+stages: $(STAMP)  ## measure 1 process, DDP and ZeRO-1, 2, 3 on 2 CPU processes
+	$(BIN)/python scripts/bench.py stages $(ARGS)
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 tests $(ARGS)

@@ -22,6 +22,7 @@ import random
 import resource
 import shutil
 import sys
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -73,6 +74,7 @@ def prepare_for_deepspeed(cpu, kwargs):
     """What has to be said before the Accelerator exists. -> the `cpu` to give it; adds the plugin to its `kwargs`."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("this run was launched with DeepSpeed but deepspeed is not installed; run: pip install deepspeed ninja")
+    check_build_locks()
     # DeepSpeed 0.19 calls torch's collectives by their older names, which torch 2.13 says at every new call site.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
     if cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
@@ -84,8 +86,19 @@ def prepare_for_deepspeed(cpu, kwargs):
         os.environ.pop("ACCELERATE_USE_CPU", None)
         PartialState(backend="gloo")
     if not is_initialized():        # a second Accelerator takes over the plugin of the first
-        kwargs["deepspeed_plugin"] = Zero3InitPlugin()
+        kwargs.setdefault("deepspeed_plugin", Zero3InitPlugin())
     return False
+
+
+def check_build_locks(minutes=15):
+    """DeepSpeed compiles a small operator at its first run. Killed there, it leaves a lock on which each later run waits for ever."""
+    from torch.utils.cpp_extension import get_default_build_root
+    # the operators that a run here may need: exchange between CPU processes, and Adam with offload or on a GPU
+    for lock in (path for name in ("deepspeed_shm_comm", "cpu_adam", "fused_adam") for path in Path(get_default_build_root()).glob(f"*/{name}/lock")):
+        age = (time.time() - lock.stat().st_mtime) / 60
+        if age > minutes:
+            raise ValueError(f"{lock} is {age:.0f} minutes old: a process that compiled an operator of DeepSpeed was killed, and this run "
+                             f"would wait for it for ever; delete that file (a build takes about 2 minutes, {minutes} are allowed)")
 
 
 class Zero3InitPlugin(DeepSpeedPlugin):
@@ -192,6 +205,9 @@ def prepare_model(accelerator, model, optimizer, micro_batch_size, max_grad_norm
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
+        if accelerator.gradient_accumulation_steps != 1:
+            raise ValueError(f"the accelerator has gradient_accumulation_steps={accelerator.gradient_accumulation_steps} and would divide "
+                             f"every gradient by it; leave it at 1 there and set it in PPOConfig (now {accumulation_steps})")
         return accelerator.prepare(model, optimizer)
     settings = plugin.deepspeed_config
     for name, value, ours in (("gradient_clipping", max_grad_norm or 0.0, "max_grad_norm"),
@@ -318,12 +334,14 @@ def take_step(accelerator, model, optimizer, max_grad_norm=None):
     if accelerator.state.deepspeed_plugin is not None:
         model.step()                            # clips by the value that prepare_model put into its settings, and forgets
         return finite(model.get_global_grad_norm())
-    # A list, not an iterator: that would be empty from the second step on.
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    # What this optimizer moves, which may be a part of the model. A list: an iterator would be empty from the second step on.
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     norm = finite(accelerator.clip_grad_norm_(parameters, float("inf") if max_grad_norm is None else max_grad_norm))
     if norm is not None:
         optimizer.step()
-        optimizer.zero_grad()
+        model.zero_grad()
+    elif accelerator.scaler is not None:
+        accelerator.scaler.update()             # fp16 overflowed: lower the scale, and be ready for the next backward pass
     return norm
 
 
@@ -333,9 +351,10 @@ def finite(number):
 
 def drop_step(accelerator, model, optimizer):
     """Forget the gradients added so far: weights and optimizer state stay as they were, which a zero gradient would not do."""
-    optimizer.zero_grad()
     if accelerator.state.deepspeed_plugin is None:
+        model.zero_grad()
         return
+    optimizer.zero_grad()
     zero = model.optimizer
     zero.zero_grad()
     # zero_grad leaves the shares that were already exchanged, and the next backward pass would add to them.
@@ -402,7 +421,8 @@ def whole_folder(accelerator, folder):
         for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
             to_disk(path)
         os.replace(partial, folder)
-        to_disk(folder.parent)
+        for parent in (folder.parent, folder.parent.parent):        # the folder's new name, and its parent's, which may be new too
+            to_disk(parent)
     accelerator.wait_for_everyone()
 
 

@@ -11,6 +11,7 @@ Shapes: every function here works on whole parameters of any shape.
 Copy me: needs torch, and bitsandbytes for adam8bit. Tested by tests/test_optim.py.
 """
 import importlib.util
+import json
 import logging
 import math
 
@@ -121,6 +122,30 @@ def make_schedule(name, optimizer, steps, warmup_steps=0):
                 "exponential": 0.01 ** done}[name]
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def pack_schedule(scheduler):
+    """-> what changes in a schedule as it is stepped, as JSON can hold it. ValueError when it cannot.
+
+    Left out is what the constructor was given (MultiStepLR's milestones, functions): a resumed run gives it again.
+    """
+    state = {}
+    for name, value in scheduler.state_dict().items():
+        if name in ("milestones", "lr_lambdas") or callable(value):
+            continue
+        try:
+            state[name] = json.loads(json.dumps(value))
+        except TypeError:
+            state[name] = None
+        if state[name] != value:
+            raise ValueError(f"the state of {type(scheduler).__name__} has a {name} that JSON cannot hold, so a checkpoint could not "
+                             "restore it; use a schedule of numbers, such as LambdaLR or make_schedule(...)")
+    return state
+
+
+def unpack_schedule(scheduler, state):
+    """The inverse of `pack_schedule`, into a scheduler that was made with the same arguments."""
+    scheduler.load_state_dict({**scheduler.state_dict(), **state})
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ class PPOConfig:
     use_score_norm: bool = knob(False, "also subtract their mean; needs use_score_scaling")
     score_clip: Optional[float] = knob(None, "clip processed scores to +- this; default: no clipping")
     # ---- memory
-    optimize_device_cache: bool = knob(False, "empty the device's cache between phases: less memory, some time")
+    optimize_device_cache: Optional[bool] = knob(None, "empty the device's cache between phases: less memory, some time; default: off")
     optimize_cuda_cache: Optional[bool] = knob(None, "older name of optimize_device_cache")
     ds3_gather_for_generation: bool = knob(True, "under ZeRO-3, gather all weights once per rollout; False: layer by layer, "
                                                  "slower, for a model that does not fit whole")
@@ -110,10 +110,10 @@ class PPOConfig:
         if self.use_score_norm and not self.use_score_scaling:
             raise ValueError("use_score_norm is on but use_score_scaling is off; the mean is only subtracted together with "
                              "the scaling, so turn both on")
-        if self.optimize_cuda_cache is not None:
-            if self.optimize_device_cache and not self.optimize_cuda_cache:
-                raise ValueError("optimize_device_cache is True but optimize_cuda_cache, its older name, is False; give one")
-            self.optimize_device_cache = self.optimize_cuda_cache
+        newer, older = self.optimize_device_cache, self.optimize_cuda_cache
+        if None not in (newer, older) and newer != older:
+            raise ValueError(f"optimize_device_cache is {newer} but optimize_cuda_cache, its older name, is {older}; give one")
+        self.optimize_device_cache = bool(newer or older)
 
     @property
     def backward_batch_size(self):
@@ -219,7 +219,7 @@ def collate(queries, responses, response_masks, pad_token_id):
     positions = (query_lengths[:, None] - 1 + t).clamp(max=input_ids.shape[1] - 1)                        # (B, R)
     mask = (t < response_lengths[:, None]).long()
     if response_masks is not None:
-        kept = pad([(m != 0).long() for m in response_masks], batch_first=True)                           # (B, <= R)
+        kept = pad([(m != 0).long() for m in response_masks], batch_first=True).to(device)                # (B, <= R)
         mask[:, :kept.shape[1]] *= kept
     return {"input_ids": input_ids, "positions": positions, "mask": mask, "response_lengths": response_lengths,
             "attention_mask": (column < (query_lengths + response_lengths)[:, None]).long(),
@@ -296,8 +296,9 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
     """-> keyword arguments for transformers' `generate` that sample exactly softmax(logits / temperature).
 
     `generate` fills what is not said from the model's generation_config.json, where many models ship a top_k or a repetition
-    penalty; generate_batch sets that aside, and transformers' own default top_k of 50 is overruled here. What changes the distribution otherwise is a ValueError: tokens would be drawn from one
-    distribution and scored under another, and the policy is then paid for the difference (a negative KL).
+    penalty; generate_batch sets that aside, and transformers' own default top_k of 50 is overruled here. What changes the distribution
+    otherwise is a ValueError: tokens would be drawn from one distribution and scored under another, and the policy is then paid
+    for the difference (a negative KL).
     """
     arguments = {name: values[0] for name, values in NEUTRAL.items() if values[0] is not None}
     arguments.update(temperature=temperature, num_return_sequences=1)
@@ -334,7 +335,7 @@ class PPOTrainer:
         import rewards
         check_arguments(config, model, ref_model, tokenizer, num_shared_layers)
         self.config, self.tokenizer = config, tokenizer
-        self.accelerator = accelerator or distributed.start(log_with=config.log_with)
+        self.accelerator = accelerator or distributed.start(log_with=config.log_with, project_dir="runs" if config.log_with else None)
         self.reduce = distributed.sum_over_processes(self.accelerator)
         if ref_model is None:
             with distributed.whole_weights(model):
@@ -460,15 +461,12 @@ class PPOTrainer:
         config, device = self.config, self.accelerator.device
         clock = Clock()
         with together(self.accelerator):        # a wrong argument on one rank stops all
-            raw_scores = self.check_batch(queries, responses, scores, response_masks)                     # (B,)
-        raw_scores = raw_scores.to(device)
+            raw_scores = self.check_batch(queries, responses, scores, response_masks).to(device)          # (B,)
         if config.use_score_scaling:
             self.score_moments.update(raw_scores, self.reduce)
         scores = process_scores(raw_scores, self.score_moments if config.use_score_scaling else None,
                                 config.use_score_norm, config.score_clip)
         queries, responses = [q.to(device) for q in queries], [r.to(device) for r in responses]
-        if response_masks is not None:
-            response_masks = [m.to(device) for m in response_masks]
         batch = collate(queries, responses, response_masks, self.tokenizer.pad_token_id)
         mask = batch["mask"]                                                                              # (B, R)
 
@@ -639,7 +637,7 @@ class PPOTrainer:
         new_logprobs, new_values, logits = self.forward(self.model, rows)
         log_ratio = (new_logprobs - rows["logprobs"]) * mask
         if first:
-            self.check_ratio(log_ratio)
+            self.check_ratio(log_ratio, mask)
         pg_loss, ratio, clipped = policy_loss(rows["logprobs"] + log_ratio, rows["logprobs"], rows["advantages"],
                                               config.cliprange)
         vf_loss, vf_clipped = value_loss(new_values, rows["values"], rows["returns"], config.cliprange_value)
@@ -651,10 +649,10 @@ class PPOTrainer:
             sums = torch.stack([(term.double() * mask).sum() for term in terms])
         return loss, sums, ratio.detach()[mask.bool()]
 
-    def check_ratio(self, log_ratio):
+    def check_ratio(self, log_ratio, mask):
         """Nothing has been updated yet, so new and recorded log-probs are those of one network: the ratio must be 1."""
         difference, tolerance = log_ratio.detach().abs(), 1e-3 if self.exact else 0.1
-        worst = float(difference.max() if self.exact else difference.mean())
+        worst = float(difference.max() if self.exact else difference.sum() / mask.sum().clamp(min=1))
         bad = self.reduce(torch.tensor(0.0 if worst <= tolerance else 1.0, device=log_ratio.device))    # all ranks stop, or none
         if bad > 0:
             raise RuntimeError(
@@ -727,12 +725,15 @@ class PPOTrainer:
             logs["game_log"] = wandb.Table(columns=[*columns_to_log, "reward"], data=list(zip(*columns, rewards)))
         self.accelerator.log(logs, step=self.steps_done)
 
-    def save_pretrained(self, folder):
-        """The policy with its value head and the tokenizer, loadable by from_pretrained. Written by the main process."""
+    def save_pretrained(self, folder, **kwargs):
+        """The policy with its value head and the tokenizer, loadable by from_pretrained. Written by the main process.
+
+        kwargs go to transformers' save_pretrained, `max_shard_size` for one.
+        """
         from distributed import full_state_dict, unwrap
         state = full_state_dict(self.accelerator, self.model)       # from all processes: under ZeRO-3 each has a share
         if self.accelerator.is_main_process:
-            unwrap(self.model).save_pretrained(folder, state_dict=state)
+            unwrap(self.model).save_pretrained(folder, state_dict=state, **kwargs)
             self.tokenizer.save_pretrained(folder)
         self.accelerator.wait_for_everyone()
 
@@ -744,13 +745,15 @@ class PPOTrainer:
         weights and state is DeepSpeed's own file, a pickle.
         """
         from distributed import random_states, whole_folder, zero_stage
-        from optim import pack_state
+        from optim import pack_schedule, pack_state
         from safetensors.torch import save_file
+        scaler = self.accelerator.scaler        # fp16's
         state = {"steps_done": self.steps_done, "kl_coef": self.kl_ctl.value, "score_moments": self.score_moments.state_dict(),
-                 "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+                 "lr_scheduler": None if self.lr_scheduler is None else pack_schedule(self.lr_scheduler),
+                 "scaler": None if scaler is None else scaler.state_dict(),
                  "zero_stage": zero_stage(self.accelerator), "processes": self.accelerator.num_processes}
         with whole_folder(self.accelerator, folder) as partial:
-            self.save_pretrained(partial / "model")
+            self.save_pretrained(partial / "model", save_original_format=False)     # as it is, also where the hub has other names
             if state["zero_stage"] > 0:
                 self.model.save_checkpoint(str(partial), tag="zero")
             elif self.accelerator.is_main_process:
@@ -764,35 +767,41 @@ class PPOTrainer:
     def load_checkpoint(self, folder):
         """Go on where `save_checkpoint` was: the steps that follow are, bit for bit, those that would have followed there.
 
-        Another number of processes works without DeepSpeed; a process without a saved random state then keeps its own.
+        Make the trainer as it was made for the first step, with the reference of the untrained model, and feed it the prompts of the
+        steps that are left: where `dataloader` stood is not saved. Another number of processes works without DeepSpeed; a process without a saved random state then keeps its own.
         ValueError: the folder is damaged, or of another model, optimizer or ZeRO stage.
         """
-        from distributed import damage, set_random_states, together
+        from distributed import damage, set_random_states, together, zero_stage
+        from optim import unpack_schedule
         folder, accelerator = Path(folder), self.accelerator
+        stage, processes = zero_stage(accelerator), accelerator.num_processes
         with together(accelerator):
             problem = damage(folder)
             if problem is not None:
                 raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
             state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-            self.load_weights_and_optimizer(folder, state)
+            if state["zero_stage"] != stage or (stage > 0 and state["processes"] != processes):
+                raise ValueError(
+                    f"{folder} was saved by {state['processes']} processes with ZeRO-{state['zero_stage']} (0 = without) and this run has "
+                    f"{processes} with ZeRO-{stage}; launch it as it was saved, or start a new run from {folder / 'model'}")
+        self.load_weights_and_optimizer(folder, state, stage)
         if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+            unpack_schedule(self.lr_scheduler, state["lr_scheduler"])
+        if state["scaler"] is not None:
+            accelerator.scaler.load_state_dict(state["scaler"])
         self.steps_done, self.kl_ctl.value = state["steps_done"], state["kl_coef"]
         self.score_moments.load_state_dict(state["score_moments"])
         own = folder / f"random-{accelerator.process_index}.json"
         if own.is_file():
             set_random_states(json.loads(own.read_text(encoding="utf-8")), accelerator.device)
 
-    def load_weights_and_optimizer(self, folder, state):
-        from distributed import unwrap, zero_stage
+    def load_weights_and_optimizer(self, folder, state, stage):
+        from distributed import unwrap
         from optim import unpack_state
         from safetensors.torch import load_file
-        stage, processes = zero_stage(self.accelerator), self.accelerator.num_processes
-        if state["zero_stage"] != stage or (stage > 0 and state["processes"] != processes):
-            raise ValueError(f"{folder} was saved by {state['processes']} processes with ZeRO-{state['zero_stage']} (0 = without) and this "
-                             f"run has {processes} with ZeRO-{stage}; launch it as it was saved, or start a new run from {folder / 'model'}")
         if stage > 0:
-            self.model.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+            loaded, _ = self.model.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
+            assert loaded is not None, f"DeepSpeed found nothing in {folder / 'zero'}, though the manifest did"
             return
         weights = {name: tensor for path in sorted((folder / "model").glob("*.safetensors")) for name, tensor in load_file(path).items()}
         load_weights(unwrap(self.model), weights)
@@ -865,16 +874,19 @@ def check_arguments(config, model, ref_model, tokenizer, num_shared_layers):
 
 
 def check_optimizer(optimizer, lr_scheduler, model):
+    from optim import pack_schedule
     own = {id(p) for p in model.parameters()}
     strangers = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
     if strangers:
         raise ValueError(f"{strangers} of the optimizer's parameters are not the model's; build it over model.parameters()")
     if lr_scheduler is None:
         return
-    if not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler):
-        raise ValueError(f"lr_scheduler is a {type(lr_scheduler).__name__}; give one from torch.optim.lr_scheduler")
+    kind = type(lr_scheduler)
+    if not isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler) or kind is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        raise ValueError(f"lr_scheduler is a {kind.__name__}; give one from torch.optim.lr_scheduler that steps without a metric")
     if lr_scheduler.optimizer is not optimizer:
         raise ValueError("the lr_scheduler was built over another optimizer than the one passed; build it over that one")
+    pack_schedule(lr_scheduler)     # now, not at the first checkpoint
 
 
 if __name__ == "__main__":

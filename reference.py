@@ -65,6 +65,15 @@ def parameters_below(model, layers_name, count):
     return below
 
 
+def unplaced(model, layers_name):
+    """-> ids of parameters registered after the blocks beside them that are not known to be used after them: they may feed the blocks."""
+    trunk = layers_name[:layers_name.rfind(".") + 1]
+    names = [name for name, _ in model.named_parameters() if name.startswith(trunk)]
+    last = max(i for i, name in enumerate(names) if name.startswith(layers_name + "."))
+    late = {name for name in names[last + 1:] if trunk and not after_the_layers(name[len(trunk):])}
+    return {id(p) for name, p in model.named_parameters() if name in late}
+
+
 def after_the_layers(name):
     """True for what a trunk computes after its blocks: the final norm (ln_f, norm, final_layer_norm) and OPT's project_out.
 
@@ -100,7 +109,7 @@ class SharedTrunk:
     """
 
     def __init__(self, model, reference):
-        self.blocks, self.in_tuple = [], False              # blocks: of both models, the policy's first
+        self.blocks, self.rest = [], None                   # blocks: of both models, the policy's first
         frozen = {id(p) for p in reference.parameters() if not p.requires_grad}
         theirs = dict(reference.named_modules())
         for name, layers in model.named_modules():
@@ -108,7 +117,9 @@ class SharedTrunk:
                 continue
             own = [{id(p) for p in layer.parameters()} for layer in layers]
             count = next((n for n, ids in enumerate(own) if not ids or not ids <= frozen), len(own))
-            if count and {id(p) for p in parameters_below(model, name, count)} <= frozen:
+            # Some families hand keys and values of a shared block on to a later one (Gemma3n), so each block has to run.
+            hands_on = any(getattr(getattr(layer, "self_attn", None), "is_kv_shared_layer", False) for layer in layers)
+            if count and not hands_on and {id(p) for p in parameters_below(model, name, count)} | unplaced(model, name) <= frozen:
                 self.blocks, self.last = [*layers[:count], *theirs[name][:count]], layers[count - 1]
                 break
 
@@ -118,8 +129,13 @@ class SharedTrunk:
         kept = {}
 
         def keep(_, inputs, output):
-            self.in_tuple = isinstance(output, tuple)       # GPT-J's blocks give a tuple, GPT-2's a tensor
-            kept["trunk"] = output[0] if self.in_tuple else output
+            # GPT-2's blocks give a tensor, Bloom's a tuple with the attention weights, for which nobody has asked
+            hidden, *rest = output if isinstance(output, tuple) else (output,)
+            if hidden.ndim != 3 or not all(each is None or is_attention(each, hidden) for each in rest):
+                self.blocks = []        # more than hidden states goes on from here: these blocks are computed as usual
+                return
+            self.rest = (None,) * len(rest) if isinstance(output, tuple) else None
+            kept["trunk"] = hidden
 
         handles = [self.last.register_forward_hook(keep)] if self.blocks else []
         try:
@@ -132,7 +148,7 @@ class SharedTrunk:
     def replay(self, hidden=None):
         """Within it the shared blocks of either model compute nothing and give `hidden` (b, T, H); None = compute as usual."""
         blocks = [] if hidden is None else self.blocks
-        output = (hidden,) if self.in_tuple else hidden
+        output = hidden if self.rest is None else (hidden, *self.rest)
         before = [vars(block).get("forward") for block in blocks]       # accelerate's hooks put one there too
         for block in blocks:        # their forward, not their place in the list: some models read each block's number or kind
             block.forward = lambda *args, **kwargs: output
@@ -144,6 +160,11 @@ class SharedTrunk:
                     del block.forward
                 else:
                     block.forward = forward
+
+
+def is_attention(value, hidden):
+    """True for attention weights (b, heads, T, T) of hidden states (b, T, H)."""
+    return getattr(value, "ndim", 0) == 4 and value.shape[2] == value.shape[3] == hidden.shape[1]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Copy me: needs torch; load_reward_model needs transformers. Tested by tests/test
 import importlib.util
 import math
 import os
+import sys
 import traceback
 
 import torch
@@ -40,7 +41,7 @@ def load_reward_model(name, device="cpu", batch_size=64):
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None:       # many tokenizers name no largest length, and truncation would then cut nothing
         classify.tokenizer.model_max_length = min(classify.tokenizer.model_max_length, limit)
-    if not any("SequenceClassification" in name for name in config.architectures or []):
+    if not any("SequenceClassification" in architecture for architecture in config.architectures or []):
         raise ValueError(f"{name} is a {'/'.join(config.architectures or ['model of no known class'])}, which has 0 labels to score "
                          "with; give a text-classification model, such as a *ForSequenceClassification")
     labels = [str(config.id2label[i]) for i in range(config.num_labels)]
@@ -65,6 +66,8 @@ def load_reward_fn(spec):
         raise ValueError(f"reward_fn names the file {path!r}, which does not exist; give a path from the current folder")
     module_spec = importlib.util.spec_from_file_location("reward_fn", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules["reward_fn"] = module                               # where dataclasses and pickle look for it
+    sys.path.append(os.path.dirname(os.path.abspath(path)))         # for what it imports from beside it
     try:
         module_spec.loader.exec_module(module)
     except Exception as error:      # whatever a user's file raises, a SyntaxError included

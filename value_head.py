@@ -92,8 +92,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             return cls(pretrained_model_name_or_path, **head_arguments)
         name = os.fspath(pretrained_model_name_or_path)
         translate_bits(kwargs)
-        if kwargs.get("device_map") == "auto" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            # "auto" would spread each process's model over the devices of all the others.
+        if kwargs.get("device_map") == "auto" and (torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            # PPO computes on one device per process; "auto" would spread the model over all, those of other processes included.
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else "cpu"}
         if not ({"dtype", "torch_dtype", "quantization_config"} & set(kwargs)):
             # transformers 5 keeps the checkpoint's type. PPO's updates are far smaller than a bf16 weight's last bit.

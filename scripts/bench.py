@@ -3,9 +3,12 @@
     python scripts/bench.py features                      # what each feature costs and gives on the default run: make features
     python scripts/bench.py features --only lion shared   # some rows
     python scripts/bench.py sharing                       # what running the shared layers once saves: make sharing
+    python scripts/bench.py stages                        # 1 process, DDP and ZeRO's stages on 2 CPU processes: make stages
 
 features: each row is scripts/train.py with a few flags, in a process of its own with one thread, so that a row's seconds are its
 own and a busy second core disturbs them little. Two rows run side by side. The table and the runs are left in runs/features/.
+stages: the same responses per step on 1 and on 2 processes, one thread each; memory is the main process's. On one machine without a
+GPU this shows what each way costs and holds, not how it scales.
 sharing: step() of a random model of SmolLM2-135M's shape; the ways take turns, and the median of the rounds counts.
 """
 import argparse
@@ -14,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,16 +40,22 @@ ROWS = {
 }
 
 
-def measure(name, steps, folder):
-    """Run one row. -> its line of the table."""
-    title, flags = ROWS[name]
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *flags.split(), "--steps", str(steps), "--output_dir", str(folder / name)]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+def run(command, folder):
+    """scripts/train.py, one thread per process. -> (summary.json, median seconds of a step), or the last line of what went wrong."""
+    done = subprocess.run([*command, "--output_dir", str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
-        return f"| {title} | failed: {done.stderr.strip().splitlines()[-1]} | | | | | |"
-    summary = json.loads((folder / name / "summary.json").read_text())
-    rows = [json.loads(line) for line in open(folder / name / "metrics.jsonl", encoding="utf-8")]
+        return done.stderr.strip().splitlines()[-1], None
+    rows = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
     seconds = statistics.median(row["time/rollout"] + row["time/score"] + row["time/ppo/total"] for row in rows)
+    return json.loads((folder / "summary.json").read_text()), seconds
+
+
+def measure(name, steps, folder):
+    """Run one row of the feature table. -> its line."""
+    title, flags = ROWS[name]
+    summary, seconds = run([sys.executable, str(ROOT / "scripts" / "train.py"), *flags.split(), "--steps", str(steps)], folder / name)
+    if seconds is None:
+        return f"| {title} | failed: {summary} | | | | | |"
     return (f"| {title} | {summary['score before']:.3f} → {summary['score after']:.3f} | {summary['distinct_bigrams before']:.2f} → "
             f"{summary['distinct_bigrams after']:.2f} | {summary['kl']:.1f} | {seconds:.2f} | {summary['peak memory bytes'] / 1e6:.0f} MB | "
             f"{summary['optimizer state bytes'] / 1e6:.1f} MB |")
@@ -62,11 +72,42 @@ def features(arguments):
     (arguments.output_dir / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+WAYS = {"1 process": None, "DDP": "multi_cpu", "ZeRO-1": "deepspeed_zero1", "ZeRO-2": "deepspeed_zero2", "ZeRO-3": "deepspeed_zero3",
+        "ZeRO-3 offload": "deepspeed_zero3_offload"}
+
+
+def stages(arguments):
+    """Seconds per step and peak memory of each way to run, on the default model and on SmolLM2-135M's shape with random weights."""
+    from transformers import AutoTokenizer
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", "2", "--main_process_port", "0"]
+    configs = ROOT / "scripts" / "accelerate_configs"
+    with tempfile.TemporaryDirectory() as temporary:
+        shape = Path(temporary) / "smollm2-shape"
+        smollm2_shape(layers=30).save_pretrained(shape)
+        AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm").save_pretrained(shape)
+        models = {"default, 64 responses": ("64 32", []),
+                  "SmolLM2-135M's shape, 8 responses": ("8 4", ["--model_name", str(shape), "--max_new_tokens", "16"])}
+        print("| model | " + " | ".join(WAYS) + " |\n" + "|---" * (len(WAYS) + 1) + "|")
+        for model in arguments.only or models:
+            sizes, flags = models[model]
+            cells = []
+            for number, config in enumerate(WAYS.values()):
+                script = [str(ROOT / "scripts" / "train.py"), *flags, "--steps", str(arguments.steps), "--eval_prompts", "4", "--save_every", "0",
+                          "--batch_size", sizes.split()[config is not None]]
+                start = [sys.executable] if config is None else [*launch, "--config_file", str(configs / f"{config}.yaml")]
+                summary, seconds = run([*start, *script], Path(temporary) / f"{len(model)}-{number}")
+                cells.append(f"failed: {summary}" if seconds is None else f"{seconds:.1f} s, {summary['peak memory bytes'] / 1e9:.2f} GB")
+            print(f"| {model} | " + " | ".join(cells) + " |", flush=True)
+
+
 def sharing(arguments):
     """Seconds of step() with 0, half and 80 % of the layers shared, computed every time and computed once."""
+    import logging
+
     import torch
     sys.path.insert(0, str(ROOT))
     import distributed
+    logging.disable(logging.WARNING)        # the responses are random, not sampled, and a step says so: their KL is negative
     from reference import shared_bytes
     accelerator, layers = distributed.start(), arguments.layers
     ways = [(0, False)] + [(count, once) for count in (layers // 2, layers * 4 // 5) for once in (False, True)]
@@ -88,19 +129,24 @@ def sharing(arguments):
 
 def sharing_trainer(accelerator, layers, count, once):
     """A trainer on SmolLM2-135M's shape with random weights, `layers` deep. once=False: the shared layers run every time."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
     from ppo_core import PPOConfig, PPOTrainer
     from value_head import AutoModelForCausalLMWithValueHead
-    torch.manual_seed(0)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(LlamaForCausalLM(LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True)))
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(smollm2_shape(layers))
     trainer = PPOTrainer(PPOConfig(batch_size=8, mini_batch_size=4), model, None, num_shared_layers=count or None,
                          tokenizer=AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"), accelerator=accelerator)
     if not once:
         trainer.trunk.blocks = []
     return trainer
+
+
+def smollm2_shape(layers):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+                                        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0,
+                                        eos_token_id=0))
 
 
 def main():
@@ -113,8 +159,11 @@ def main():
     share = tables.add_parser("sharing")
     share.add_argument("--rounds", type=int, default=5, help="measured steps of each way")
     share.add_argument("--layers", type=int, default=30, help="depth of the model")
+    ways = tables.add_parser("stages")
+    ways.add_argument("--steps", type=int, default=5, help="PPO steps of each way")
+    ways.add_argument("--only", nargs="+", help="models; default: all")
     arguments = parser.parse_args()
-    {"features": features, "sharing": sharing}[arguments.table](arguments)
+    {"features": features, "sharing": sharing, "stages": stages}[arguments.table](arguments)
 
 
 if __name__ == "__main__":

@@ -104,6 +104,9 @@ class RunConfig(PPOConfig):
 def main(arguments=None):
     # ------------------------------------------------------------------------------------------------ config
     config = parse(arguments)
+    if config.resume is not None and (Path(config.resume) / "summary.json").is_file():
+        print(f"{config.resume} is finished after {config.steps} steps; there is nothing left to do")
+        return
     transformers.utils.logging.disable_progress_bar()      # its bars for loading and saving would cut through ours
 
     # ----------------------------------------------------------------------------------------------- machine
@@ -116,8 +119,7 @@ def main(arguments=None):
     model_path = find(config.model_name)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(model_path, v_head_init_strategy="zero")
     tokenizer = load_tokenizer(model_path)
-    with distributed.whole_weights(model):
-        ref_model = make_reference(config, model, model_path)
+    ref_model = make_reference(config, accelerator, model, model_path)
 
     # --------------------------------------------------------------------------------------------- optimizer
     optimizer = optim.make_optimizer(config.optimizer, optim.trainable_parameters(model), config.learning_rate,
@@ -142,32 +144,38 @@ def main(arguments=None):
     distributed.seed_everything(config.seed, rank=accelerator.process_index)
 
     for step in range(run.restore(trainer) + 1, config.steps + 1):
-        started, prompts = time.perf_counter(), prompts_of_step(train_prompts, step, config, accelerator)
-        queries = [prompt["tokens"] for prompt in prompts]
-        # `phase` says where and on which process a run of several stopped, should it stop.
-        # (a) rollout: sample a response to each prompt
-        with distributed.phase(accelerator, f"step {step}, (a) rollout"):
-            responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
-        rolled_out = time.perf_counter()
-        # (b) score: one number per response
-        with distributed.phase(accelerator, f"step {step}, (b) score"):
-            texts = decode_responses(tokenizer, queries, responses)
-            scores = rewards.score_texts(reward, [prompt["text"] for prompt in prompts], texts)
-        scored = time.perf_counter()
-        # (c) rewards, (d) advantages, (e) update: PPOTrainer.step, where the same letters stand
-        with distributed.phase(accelerator, f"step {step}, (c) rewards to (e) update"):
-            stats = trainer.step(queries, responses, scores)
-        # (f) book-keeping
-        stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
-        trainer.log_stats(stats, {"query": [p["text"] for p in prompts], "response": texts}, scores)
-        run.record(step, stats, time.perf_counter() - started)
-        run.save(trainer, step)
+        one_step(trainer, reward, train_prompts, step, run)
 
     # ---------------------------------------------------------------------------------------- before / after
     after = evaluate(trainer, reward, eval_prompts)
     trainer.save_pretrained(run.folder / "final")
     accelerator.end_training()
-    run.finish(before, after, optim.state_bytes(optimizer))
+    run.finish(before, after, optim.state_bytes(trainer.optimizer))
+
+
+def one_step(trainer, reward, train_prompts, step, run):
+    """PPO step number `step`: a batch of responses is sampled, scored and trained on."""
+    config, accelerator, tokenizer = trainer.config, trainer.accelerator, trainer.tokenizer
+    started, prompts = time.perf_counter(), prompts_of_step(train_prompts, step, config, accelerator)
+    queries, texts = [prompt["tokens"] for prompt in prompts], [prompt["text"] for prompt in prompts]
+    # `phase` says where and on which process a run of several stopped, should it stop.
+    # (a) rollout: sample a response to each prompt
+    with distributed.phase(accelerator, f"step {step}, (a) rollout"):
+        responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
+    rolled_out = time.perf_counter()
+    # (b) score: one number per response
+    with distributed.phase(accelerator, f"step {step}, (b) score"):
+        answers = decode_responses(tokenizer, queries, responses)
+        scores = rewards.score_texts(reward, texts, answers)
+    scored = time.perf_counter()
+    # (c) rewards, (d) advantages, (e) update: PPOTrainer.step, where the same letters stand
+    with distributed.phase(accelerator, f"step {step}, (c) rewards to (e) update"):
+        stats = trainer.step(queries, responses, scores)
+    # (f) book-keeping
+    stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
+    trainer.log_stats(stats, {"query": texts, "response": answers}, scores)
+    run.record(step, stats, time.perf_counter() - started)
+    run.save(trainer, step)
 
 
 # ------------------------------------------------------------------------------------------------ what main() calls
@@ -189,7 +197,7 @@ def parse(arguments):
     parser.set_defaults(**saved)
     given, = parser.parse_args_into_dataclasses(arguments)
     for name, value in saved.items():
-        if name not in ("resume", "output_dir") and getattr(given, name) != value:
+        if name != "resume" and getattr(given, name) != value:
             raise ValueError(f"--resume {config.resume} goes on with that run's own settings, where {name} is {value}, not "
                              f"{getattr(given, name)}; leave --{name} out, or start a new run")
     given.output_dir = config.resume
@@ -212,11 +220,14 @@ def load_tokenizer(path):
     return tokenizer
 
 
-def make_reference(config, model, model_path):
+def make_reference(config, accelerator, model, model_path):
     """A frozen copy of the policy, which may share its first layers; or the same model loaded in 8 or 4 bits."""
     if config.reference_bits is None:
-        return reference.create_reference_model(model, config.num_shared_layers)
-    return AutoModelForCausalLMWithValueHead.from_pretrained(model_path, device_map="auto", **{f"load_in_{config.reference_bits}bit": True})
+        with distributed.whole_weights(model):
+            return reference.create_reference_model(model, config.num_shared_layers)
+    with distributed.zero3_init_disabled(accelerator):
+        return AutoModelForCausalLMWithValueHead.from_pretrained(model_path, device_map="auto",
+                                                                 **{f"load_in_{config.reference_bits}bit": True})
 
 
 def decode_responses(tokenizer, queries, responses):
@@ -281,7 +292,7 @@ def evaluate(trainer, reward, prompts):
     """-> Evaluation. Its random numbers are its own, so that training is the same with and without it."""
     queries, starts = [p["tokens"] for p in prompts], [p["text"] for p in prompts]
     with distributed.phase(trainer.accelerator, "evaluation"):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []):
             torch.manual_seed(1234)
             responses = trainer.generate(queries, batch_size=100, return_prompt=False,
                                          max_new_tokens=trainer.config.max_new_tokens)
@@ -296,20 +307,27 @@ def plan(config, accelerator, model, ref_model):
     frozen = sum(distributed.whole_numel(p) for p in model.parameters() if not p.requires_grad)
     shared = reference.shared_bytes(model, ref_model)
     own = sum(p.nbytes for p in ref_model.parameters()) - shared       # bytes; int8 counts as one
-    weights = sum(p.nbytes for p in model.parameters()) + own
-    state = {"adam": 8, "lion": 4, "sgd": 0, "adam8bit": 2}[config.optimizer] * trained     # bytes
+    stage = distributed.zero_stage(accelerator)
+
+    def share(size, first_stage):       # what ZeRO shares out from that stage on
+        return size / processes if stage >= first_stage else size
+
+    weights = share(sum(p.nbytes for p in model.parameters()) + own, 3)
+    gradients = share(4 * trained, 2)
+    state = share({"adam": 8, "lion": 4, "sgd": 0, "adam8bit": 2}[config.optimizer] * trained, 1)
     vocabulary = model.pretrained_model.get_output_embeddings().out_features
     # logits, their gradient, and two temporaries of softmax, float32
     logits = 4 * 4 * config.mini_batch_size * config.max_new_tokens * vocabulary
-    total = weights + 4 * trained + state + logits
+    each = f" on each of {processes} processes" if processes > 1 else ""
     return "\n".join([
-        f"batch      {config.batch_size} responses a step" + (f" on each of {processes} processes" if processes > 1 else "") +
-        f", {config.ppo_epochs} epochs of {per_step} optimizer step(s), each over {config.gradient_accumulation_steps} "
-        f"mini-batch(es) of {config.mini_batch_size}; {config.steps} steps = {config.steps * config.batch_size * processes} responses",
+        f"batch      {config.batch_size} responses a step{each}, {config.ppo_epochs} epochs of {per_step} optimizer step(s), each over "
+        f"{config.gradient_accumulation_steps} mini-batch(es) of {config.mini_batch_size}; {config.steps} steps = "
+        f"{config.steps * config.batch_size * processes} responses",
         f"parameters {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; the reference shares {shared / 1e6:.1f} MB and "
         f"adds {own / 1e6:.1f} MB",
-        f"memory     about {total / 1e6:.0f} MB on {accelerator.device} beside activations and the reward model: weights {weights / 1e6:.0f}, gradients "
-        f"{4 * trained / 1e6:.0f}, optimizer {state / 1e6:.0f}, logits of a mini-batch {logits / 1e6:.0f}"])
+        f"memory     about {(weights + gradients + state + logits) / 1e6:.0f} MB{each} on {accelerator.device} beside activations and the "
+        f"reward model: weights {weights / 1e6:.0f}, gradients {gradients / 1e6:.0f}, optimizer {state / 1e6:.0f}, logits of a mini-batch "
+        f"{logits / 1e6:.0f}" + (f" (ZeRO-{stage}; a rollout gathers the weights)" if stage == 3 else "")])
 
 
 class RunFolder:
@@ -325,6 +343,10 @@ class RunFolder:
         if problem is not None:
             raise ValueError(problem)
         self.folder = Path(folder)
+        with distributed.together(accelerator):
+            if not self.folder.is_dir():
+                raise ValueError(f"{self.folder} is not there on this machine, but every process writes its part of a checkpoint into it; "
+                                 "give an --output_dir that all machines share")
 
     def make(self, config):
         """-> (folder, None) with config.json and an empty metrics.jsonl in it, or (None, what is wrong)."""
@@ -365,8 +387,10 @@ class RunFolder:
     def remember_before(self, evaluate):
         """The evaluation before the first step: made once, and kept in before.json for a run that is resumed."""
         path = self.folder / "before.json"
-        if self.resumed and path.is_file():
-            return Evaluation(**json.loads(path.read_text(encoding="utf-8")))
+        known = json.loads(path.read_text(encoding="utf-8")) if self.main and self.resumed and path.is_file() else None
+        known, = accelerate.utils.broadcast_object_list([known])
+        if known is not None:
+            return Evaluation(**known)
         before = evaluate()
         if self.main:
             replace_file(path, json.dumps(dataclasses.asdict(before)))
@@ -377,6 +401,8 @@ class RunFolder:
         if not self.save_every or step % self.save_every:
             return
         folder = self.folder / "checkpoints" / f"step-{step:06d}"
+        if self.main:
+            distributed.to_disk(self.folder / "metrics.jsonl")      # the lines up to this step must outlive what the checkpoint does
         trainer.save_checkpoint(folder)
         problem = distributed.damage(folder) if self.main else None
         if problem is not None:

@@ -129,6 +129,13 @@ def distance(a, b):
     return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
+def without_key_biases(weights):
+    """A key's bias adds the same to all scores of a softmax, so its gradient is 0 but for rounding; Adam makes that a step of full size."""
+    thirds = {k: v.chunk(3) for k, v in weights.items() if k.endswith("attn.c_attn.bias")}        # query, key, value
+    assert thirds
+    return {**weights, **{k: torch.cat([query, value]) for k, (query, _, value) in thirds.items()}}
+
+
 # ------------------------------------------------------------------------------------------------ the same update
 
 
@@ -141,7 +148,7 @@ def test_two_processes_train_as_one_on_the_whole_batch(runs, way, job):
 
 @every_way
 def test_adam_too_trains_as_in_one_process(runs, way):
-    assert distance(runs(way, "adam")[0][1], runs("one", "adam")[0][1]) < 1e-4
+    assert distance(*(without_key_biases(runs(each, "adam")[0][1]) for each in (way, "one"))) < 1e-4
 
 
 def test_accumulation_in_one_process_is_the_large_batch(runs):
@@ -181,7 +188,7 @@ def test_a_skipped_step_leaves_nothing_behind(runs, way):
     for found, _ in runs(way, "skip"):
         assert found["skipped"] == found["of"] == 2 and found["moved"] == 0 and found["then"] == 0
     # the real step after it, with Adam, is that of a run without it: neither a gradient nor a moment of it is left
-    assert distance(runs(way, "skip")[0][1], expected) < 1e-4
+    assert distance(without_key_biases(runs(way, "skip")[0][1]), without_key_biases(expected)) < 1e-4
 
 
 @every_way
@@ -292,11 +299,13 @@ def test_each_optimizer_runs_under_each_stage_and_the_table_says_so(runs):
 
 
 def cell(ranks, expected):
-    """What a run did, compared with one process: `equal` to 1e-4, or the share of weights that are."""
+    """`equal` = all weights are one process's to 1e-4. `runs` = all but 2 % at most: Lion and 8-bit Adam make of a gradient that is 0
+    but for rounding a step of full size, up or down."""
     (first, weights), (second, _) = ranks
     assert first["steps"] == second["steps"]
+    weights, expected = without_key_biases(weights), without_key_biases(expected)
     near = torch.cat([((weights[k] - expected[k]).abs() < 1e-4).flatten() for k in expected]).float().mean()
-    return "equal" if near == 1 else "equal but for rounded signs" if near > 0.98 else "runs"
+    return "equal" if near == 1 else "runs" if near > 0.98 else f"{near:.0%} equal"
 
 
 # ------------------------------------------------------------------------------------------------------- failures
@@ -346,6 +355,17 @@ def test_each_target_is_one_line_to_paste_with_a_number_of_processes(target):
         line, = [line for line in shown.stdout.splitlines() if "scripts/train.py" in line]
         match = re.fullmatch(rf"\.venv/bin/accelerate launch --config_file (\S+) .*--num_processes {number} scripts/train\.py --steps 7", line)
         assert match and (ROOT / match[1]).exists(), line
+
+
+def test_a_lock_that_a_killed_build_left_is_named_instead_of_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    distributed.check_build_locks()         # a build that is going on
+    os.utime(lock, (time.time() - 1200,) * 2)
+    with pytest.raises(ValueError, match=r"lock is 20 minutes old.*delete that file"):
+        distributed.check_build_locks()
 
 
 # -------------------------------------------------------------------------------------------------- in one process

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import distributed
-from optim import make_optimizer, make_schedule, pack_state, trainable_parameters
+from optim import (make_optimizer, make_schedule, pack_schedule, pack_state, trainable_parameters, unpack_schedule)
 from ppo_core import (LengthSampler, PPOConfig, PPOTrainer, collate, disable_dropout, entropy_from_logits, gae,
                       logprobs_from_logits, masked_mean, masked_var, masked_whiten, policy_loss, sampling_arguments, take,
                       value_loss)
@@ -86,14 +86,16 @@ def test_batches_that_do_not_divide_are_refused_with_the_numbers_and_a_remedy():
 @pytest.mark.parametrize("kwargs, words", [
     (dict(batch_size=0), "batch_size is 0"), (dict(temperature=0.0), "temperature is 0.0"),
     (dict(score_clip=-0.5), "score_clip is -0.5"), (dict(use_score_norm=True), "turn both on"),
-    (dict(kl_penalty="k9"), "'k9'"), (dict(optimize_device_cache=True, optimize_cuda_cache=False), "give one")])
+    (dict(kl_penalty="k9"), "'k9'"), (dict(optimize_device_cache=True, optimize_cuda_cache=False), "give one"),
+    (dict(optimize_device_cache=False, optimize_cuda_cache=True), "give one")])
 def test_settings_that_cannot_work_are_refused(kwargs, words):
     with pytest.raises(ValueError, match=words):
         PPOConfig(**kwargs)
 
 
 def test_the_older_name_of_the_cache_flag_works():
-    assert PPOConfig(optimize_cuda_cache=True).optimize_device_cache
+    assert PPOConfig(optimize_cuda_cache=True).optimize_device_cache is True
+    assert PPOConfig().optimize_device_cache is PPOConfig(optimize_cuda_cache=False).optimize_device_cache is False
 
 
 # -------------------------------------------------------------------------------------------------- pure functions
@@ -780,6 +782,86 @@ def test_a_batch_with_a_trunk_is_trimmed_like_its_tokens():
     rows = take(batch, torch.tensor([0, 2]))
     assert rows["trunk"].shape == (2, rows["input_ids"].shape[1], 3)
     assert torch.equal(rows["trunk"], batch["trunk"][[0, 2], :rows["input_ids"].shape[1]])
+
+
+def test_a_mixture_of_experts_resumes_too(tmp_path):
+    """transformers writes such a model under the hub's older names unless it is told not to; those are not the model's."""
+    def trainer():
+        torch.manual_seed(0)
+        lm = MixtralForCausalLM(MixtralConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                              num_key_value_heads=1, num_local_experts=2, max_position_embeddings=64))
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(lm)
+        return PPOTrainer(config(), model, None, tokenizer(), optimizer=sgd(model))
+    one, twin = trainer(), trainer()
+    some_steps(one, 1)
+    one.save_checkpoint(tmp_path / "state")
+    expected = some_steps(one, 1)
+    twin.load_checkpoint(tmp_path / "state")
+    assert some_steps(twin, 1) == expected and distance(weights(one), weights(twin)) == 0
+
+
+@pytest.mark.parametrize("schedule", [lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]), lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+                                      lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9), lambda o: make_schedule("linear", o, 9),
+                                      lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.ConstantLR(o, 0.5),
+                                                torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3])])
+def test_a_packed_schedule_goes_on_where_it_was(schedule):
+    traces = []
+    for interrupted in (False, True):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+        scheduler, trace = schedule(optimizer), []
+        for step in range(8):
+            if interrupted and step == 3:
+                packed = json.loads(json.dumps(pack_schedule(scheduler)))
+                state = optimizer.state_dict()
+                optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+                scheduler = schedule(optimizer)
+                optimizer.load_state_dict(state)
+                unpack_schedule(scheduler, packed)
+            trace.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        traces.append(trace)
+    assert traces[0] == traces[1] and len(set(traces[0])) > 1
+
+
+def test_a_schedule_that_needs_a_metric_is_refused():
+    model = tiny()
+    optimizer = sgd(model)
+    with pytest.raises(ValueError, match="ReduceLROnPlateau; give one .* that steps without a metric"):
+        PPOTrainer(config(), model, None, tokenizer(), optimizer=optimizer,
+                   lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+
+
+def test_an_accelerator_that_would_divide_every_gradient_is_refused():
+    from accelerate import Accelerator
+    model = tiny()
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=4 and would divide"):
+        PPOTrainer(config(), model, None, tokenizer(), optimizer=sgd(model), accelerator=Accelerator(cpu=True, gradient_accumulation_steps=4))
+
+
+def test_gradients_of_what_is_not_trained_do_not_pile_up():
+    model = tiny()
+    trainer = PPOTrainer(config(ppo_epochs=4), model, None, tokenizer(), optimizer=torch.optim.SGD(model.v_head.parameters(), lr=0.0))
+    norms, take_step = [], distributed.take_step
+    distributed.take_step = lambda *args: (norms.append(take_step(*args)), norms[-1])[1]
+    try:
+        stats = trainer.step(*ragged())
+    finally:
+        distributed.take_step = take_step
+    assert len(norms) == 4 and max(norms) == pytest.approx(min(norms), rel=1e-4)
+    assert stats["ppo/grad_norm"] == pytest.approx(norms[0], rel=1e-4)          # a mean over optimizer steps, not a sum
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_tracker_needs_no_accelerator_of_ones_own(tmp_path, monkeypatch):
+    from accelerate.state import AcceleratorState
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    trainer = PPOTrainer(config(log_with="tensorboard"), tiny(), None, tokenizer())
+    trainer.log_stats(trainer.step(*ragged()), {"query": list("abcd"), "response": list("efgh")}, [1.0] * 4)
+    trainer.accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=False)
+    assert list((tmp_path / "runs").rglob("events.out.tfevents*"))
 
 
 REVIEW_LM = Path(__file__).resolve().parent.parent / "assets" / "review-lm"     # 4 bits need 64 entries to a row at least

@@ -358,3 +358,56 @@ def test_replay_gives_back_the_forward_it_found_even_when_the_model_raises():
         with pytest.raises(KeyError), trunk.replay(torch.zeros(2, 9, 16)):
             raise KeyError
         assert vars(block).get("forward") is placed
+
+
+class Block(nn.Module):
+    def __init__(self, extra=()):
+        super().__init__()
+        self.linear, self.extra = nn.Linear(4, 4), extra
+
+    def forward(self, hidden):
+        return (self.linear(hidden), *self.extra)
+
+
+class Trunk(nn.Module):
+    """A family of its own: blocks that give a tuple, and parameters registered after them that feed them (as Gemma3n's)."""
+
+    def __init__(self, extra=(), late_input=False):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(extra) for _ in range(3))
+        if late_input:
+            self.per_layer_projection = nn.Linear(4, 4)
+
+    def forward(self, hidden):
+        hidden = self.per_layer_projection(hidden) if hasattr(self, "per_layer_projection") else hidden
+        for layer in self.layers:
+            hidden, *_ = layer(hidden)
+        return hidden
+
+
+class WithHead(nn.Module):
+    def __init__(self, *arguments, **keywords):
+        super().__init__()
+        self.model, self.lm_head = Trunk(*arguments, **keywords), nn.Linear(4, 9)
+
+    def forward(self, hidden):
+        return self.lm_head(self.model(hidden))
+
+
+@pytest.mark.parametrize("extra, reused", [((), True), ((None,), True), ((torch.ones(1),), False)])
+def test_a_trunk_is_replayed_only_where_hidden_states_are_all_that_goes_on(extra, reused):
+    policy = WithHead(extra)
+    reference = create_reference_model(policy, 2, pattern="model.layers.{layer}")
+    trunk, hidden = SharedTrunk(policy, reference), torch.randn(2, 5, 4)
+    with trunk.record() as kept:
+        expected = policy(hidden)
+    assert bool(kept) == bool(trunk.blocks) == reused
+    with trunk.replay(kept.get("trunk")):
+        assert torch.allclose(policy(hidden), expected) and torch.allclose(reference(hidden), expected)
+
+
+def test_a_trunk_with_parameters_that_may_feed_the_blocks_is_not_reused():
+    for late_input in (False, True):
+        policy = WithHead(late_input=late_input)
+        reference = create_reference_model(policy, 2, pattern="model.layers.{layer}")
+        assert bool(SharedTrunk(policy, reference).blocks) == (not late_input)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -138,6 +139,16 @@ def test_a_bad_reward_function_is_one_sentence(body, words, tmp_path):
         train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--reward_fn", f"{tmp_path}/mine.py:score"])
 
 
+def test_a_reward_file_may_have_dataclasses_and_neighbours(tmp_path):
+    (tmp_path / "neighbour.py").write_text("GOOD = 0.25\n")
+    (tmp_path / "mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom neighbour import GOOD\n"
+        "@dataclass\nclass Score:\n    value: float\n"
+        "def score(prompts, responses):\n    return [Score(GOOD).value for _ in responses]\n")
+    import rewards
+    assert rewards.load_reward_fn(f"{tmp_path}/mine.py:score")(["a"], ["b"]) == [0.25]
+
+
 def test_on_the_command_line_an_error_is_one_line_without_a_traceback(tmp_path):
     done = script(*SMALL, "--output_dir", str(tmp_path / "run"), "--model_name", "no/such-model")
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -160,16 +171,6 @@ def test_a_start_that_failed_does_not_block_its_folder(tmp_path):
     assert (tmp_path / "run" / "final" / "config.json").exists()
 
 
-def test_two_processes_train_one_run(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "scripts" / "train.py"), *SMALL, "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "8 responses a step on each of 2 processes" in done.stdout and done.stdout.count("after:  mean score") == 1
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2] and len(rows[0]["objective/kl_dist"]) == 16
-
-
 def test_the_summary_says_in_numbers_what_was_printed(run):
     folder, out = run
     summary = json.loads((folder / "summary.json").read_text())
@@ -189,13 +190,16 @@ def test_an_8_bit_reference_says_its_offset_and_cannot_share_layers(tmp_path, ca
 
 
 def test_flags_from_the_environment_come_last(tmp_path, monkeypatch):
-    monkeypatch.setenv("PLAINPPO_ARGS", f"--steps 0 --output_dir '{tmp_path}/a folder'")
+    monkeypatch.setenv("PLAINPPO_ARGS", f"--output_dir '{tmp_path}/a folder' --prompts no-such-file.txt")
     done = script(*SMALL, "--output_dir", str(tmp_path / "other"))
-    assert done.returncode == 1 and "error: steps is 0; it must be at least 1" in done.stderr
+    assert done.returncode == 1 and "no-such-file.txt" in done.stderr
+    assert (tmp_path / "a folder").is_dir() and not (tmp_path / "other").exists()
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
-    assert {train.first_free(tmp_path / "runs" / "m").name for _ in range(3)} == {"m-1", "m-2", "m-3"}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        made = list(pool.map(lambda _: train.first_free(tmp_path / "runs" / "m").name, range(40)))
+    assert sorted(made) == sorted(f"m-{number}" for number in range(1, 41))
 
 
 def test_a_thread_that_waits_does_not_take_the_processor_from_the_one_that_works():
@@ -210,7 +214,8 @@ def test_a_row_of_the_feature_table_is_a_run_and_a_failed_row_says_why(tmp_path,
     line = bench.measure("adam8bit", 1, tmp_path)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert len(cells) == 7 and cells[0] == "8-bit Adam" and "→" in cells[1] and 8 < float(cells[6].removesuffix(" MB")) < 10
-    assert "failed: error: " in bench.measure("adam8bit", 1, tmp_path) and "already has a run" in bench.measure("adam8bit", 1, tmp_path)
+    again = bench.measure("adam8bit", 1, tmp_path)
+    assert "failed: error: " in again and "already has a run" in again
 
 
 # ------------------------------------------------------------------------------------------------ a run that was killed
@@ -242,6 +247,12 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
+def unfinished(run, folder, *left_out):
+    """A copy of a finished run as it was just before its end."""
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("summary.json", *left_out))
+    return folder
+
+
 def same_end(folder, undisturbed):
     files = ("final/model.safetensors", "samples.md", "checkpoints/step-000006/optimizer.safetensors", "checkpoints/step-000006/trainer.json")
     assert [(folder / name).read_bytes() == (undisturbed / name).read_bytes() for name in files] == [True] * len(files)
@@ -258,7 +269,7 @@ def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(undisturbed, t
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp_path, capsys):
-    shutil.copytree(undisturbed, tmp_path / "run")
+    unfinished(undisturbed, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-000006"
     (newest / "trainer.json").write_text("{}")
     train.main(["--resume", str(tmp_path / "run")])
@@ -269,16 +280,25 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp
 
 
 def test_a_run_without_a_whole_checkpoint_begins_again(undisturbed, tmp_path, capsys):
-    shutil.copytree(undisturbed, tmp_path / "run", ignore=shutil.ignore_patterns("manifest.json"))
+    unfinished(undisturbed, tmp_path / "run", "manifest.json")
     train.main(["--resume", str(tmp_path / "run")])
     assert "resuming after step 0" in capsys.readouterr().out
     same_end(tmp_path / "run", undisturbed)
+
+
+def test_resuming_a_finished_run_changes_nothing_and_says_so(undisturbed, capsys):
+    before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
+    train.main(["--resume", str(undisturbed)])
+    assert "is finished after 6 steps; there is nothing left to do" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_with_another_setting_or_from_no_run_is_refused(undisturbed, tmp_path):
     before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="where ppo_epochs is 1, not 2; leave --ppo_epochs out"):
         train.main(["--resume", str(undisturbed), "--ppo_epochs", "2"])
+    with pytest.raises(ValueError, match="leave --output_dir out"):
+        train.main(["--resume", str(undisturbed), "--output_dir", str(tmp_path / "elsewhere")])
     with pytest.raises(ValueError, match="config.json cannot be read .*name a folder that a run was made in"):
         train.main(["--resume", str(tmp_path)])
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
@@ -296,10 +316,11 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "run"
     done = subprocess.run(launch("multi_cpu", *SIX, "--output_dir", str(folder)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 responses a step on each of 2 processes" in done.stdout and done.stdout.count("after:  mean score") == 1
     return folder
 
 
-@pytest.mark.parametrize("way", ["multi_cpu", "deepspeed_zero2", "deepspeed_zero3"])
+@pytest.mark.parametrize("way", ["multi_cpu", "deepspeed_zero3"])
 def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(way, two_processes, tmp_path):
     """And ZeRO's run is the plain one's, to the last bit of every weight."""
     folder = tmp_path / "run"
@@ -315,15 +336,19 @@ def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(
     assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]
     for name in ("final/model.safetensors", "samples.md"):
         assert (folder / name).read_bytes() == (two_processes / name).read_bytes(), name
-    assert [row["step"] for row in numbers(folder)] == [1, 2, 3, 4, 5, 6]
+    rows, expected = numbers(folder), numbers(two_processes)
+    if way == "multi_cpu":
+        assert rows == expected
+    else:       # DeepSpeed adds up the gradient's norm in another order
+        assert [{**row, "ppo/grad_norm": 0} for row in rows] == [{**row, "ppo/grad_norm": 0} for row in expected]
 
 
 def test_a_run_of_two_processes_resumes_on_one(two_processes, tmp_path, capsys):
-    shutil.copytree(two_processes, tmp_path / "run")
+    unfinished(two_processes, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
     train.main(["--resume", str(tmp_path / "run")])
     assert "resuming after step 4" in capsys.readouterr().out
-    rows = numbers(tmp_path / "run")
+    rows = numbers(tmp_path / "run")        # 16 responses a step while there were two, then 8
     assert rows[:4] == numbers(two_processes)[:4] and [len(row["objective/kl_dist"]) for row in rows] == [16, 16, 16, 16, 8, 8]
 
 

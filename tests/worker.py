@@ -26,17 +26,6 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 RATES = {"sgd": 0.05, "adam": 1e-3, "lion": 1e-3, "adam8bit": 1e-3}
 
 
-def make_optimizer(name, model):
-    if name == "adam8bit":
-        from bitsandbytes.optim import Adam8bit
-        return Adam8bit(model.parameters(), lr=RATES[name])
-    optimizer = optim.make_optimizer(name, model.parameters(), RATES[name])
-    for group in optimizer.param_groups:
-        if name == "adam":
-            group["eps"] = 1e-6      # some gradients are 0 but for rounding (a key's bias), and Adam makes them steps of full size
-    return optimizer
-
-
 def make(settings, optimizer="sgd", shared=None, dataset=None):
     AcceleratorState._reset_state(reset_partial_state=True)     # each job is a run of its own
     accelerator = distributed.start(cpu=True)
@@ -44,7 +33,7 @@ def make(settings, optimizer="sgd", shared=None, dataset=None):
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     distributed.seed_everything(0)
     model = tiny()
-    optimizer = make_optimizer(optimizer, model)
+    optimizer = optim.make_optimizer(optimizer, list(model.parameters()), RATES[optimizer])
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     trainer = PPOTrainer(PPOConfig(**settings), model, None, tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
                          num_shared_layers=shared, accelerator=accelerator, dataset=dataset, data_collator=list)
