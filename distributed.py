@@ -10,7 +10,7 @@ Differs from TRL 0.11.4 in: sums are really reduced (there, all_reduce worked on
 0.1906 and 0.2098 after 3 steps); seeding is one explicit call, before any model is made; under DeepSpeed accumulation, skipped
 steps and max_grad_norm mean what they mean without it (there, every mini-batch stepped, and clipping was ignored).
 Shapes: `sum_over_processes` keeps the shape of what it is given.
-Copy me: needs torch and accelerate, and deepspeed where it is launched with it. Tested by tests/test_distributed.py.
+Copy me: needs torch, numpy and accelerate, and deepspeed where it is launched with it. Tested by tests/test_distributed.py.
 """
 import gc
 import hashlib
@@ -93,8 +93,12 @@ def prepare_for_deepspeed(cpu, kwargs):
 def check_build_locks(minutes=15):
     """DeepSpeed compiles a small operator at its first run. Killed there, it leaves a lock on which each later run waits for ever."""
     from torch.utils.cpp_extension import get_default_build_root
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    roots = [Path(own)] if own else Path(get_default_build_root()).glob("*")        # one folder per version of Python and CUDA
     # the operators that a run here may need: exchange between CPU processes, and Adam with offload or on a GPU
-    for lock in (path for name in ("deepspeed_shm_comm", "cpu_adam", "fused_adam") for path in Path(get_default_build_root()).glob(f"*/{name}/lock")):
+    for lock in (root / name / "lock" for root in roots for name in ("deepspeed_shm_comm", "cpu_adam", "fused_adam")):
+        if not lock.exists():
+            continue
         age = (time.time() - lock.stat().st_mtime) / 60
         if age > minutes:
             raise ValueError(f"{lock} is {age:.0f} minutes old: a process that compiled an operator of DeepSpeed was killed, and this run "

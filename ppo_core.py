@@ -16,7 +16,7 @@ Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer
       rewards           -k -k -k -k+score         k = kl_coef * kl[t]
 
     input_ids, attention_mask are (B, T), T = the longest query + response; everything about tokens of the response is (B, R).
-Copy me: the settings and the functions need torch alone; PPOTrainer needs the five files beside this one.
+Copy me: the settings and the functions need torch and numpy; PPOTrainer needs the five files beside this one.
 Tested by tests/test_ppo_core.py and, number by number against TRL, tests/test_golden.py.
 """
 import json

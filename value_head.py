@@ -8,7 +8,7 @@ and state-dict names are those of TRL 0.11.4, so checkpoints move both ways.
 Differs from TRL 0.11.4 in: position ids are made from the attention mask, so left padding changes nothing (there, GPT-2's
 log-probs were off by 0.3); the head reads the very tensor that feeds `lm_head`, so no list of all hidden states is kept;
 `logit_positions` limits the vocabulary-sized work to the tokens that are scored; weights load as float32 unless another
-type is asked for; the head stays float32; a head that is missing from a checkpoint is said aloud.
+type is asked for; the head stays float32 (unless DeepSpeed casts all); a head that is missing from a checkpoint is said aloud.
 Shapes: (B, T) token ids -> logits (B, T, V), values (B, T). values[:, t] is V(everything up to and including token t),
 which is what the model knew before it chose token t+1; ppo_core.py draws the picture.
 Copy me: needs torch and transformers, and bitsandbytes for 8 or 4 bits. Tested by tests/test_value_head.py.

@@ -784,6 +784,14 @@ def test_a_batch_with_a_trunk_is_trimmed_like_its_tokens():
     assert torch.equal(rows["trunk"], batch["trunk"][[0, 2], :rows["input_ids"].shape[1]])
 
 
+def test_a_checkpoint_of_another_way_to_run_is_refused_with_both(tmp_path, monkeypatch):
+    trainer = resumable("sgd")
+    trainer.save_checkpoint(tmp_path / "state")
+    monkeypatch.setattr(distributed, "zero_stage", lambda accelerator: 2)
+    with pytest.raises(ValueError, match=r"saved by 1 processes with ZeRO-0 \(0 = without\) and this run has 1 with ZeRO-2; launch it as"):
+        trainer.load_checkpoint(tmp_path / "state")
+
+
 def test_a_mixture_of_experts_resumes_too(tmp_path):
     """transformers writes such a model under the hub's older names unless it is told not to; those are not the model's."""
     def trainer():
