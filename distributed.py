@@ -95,7 +95,7 @@ def check_build_locks(minutes=15):
     from torch.utils.cpp_extension import get_default_build_root
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     roots = [Path(own)] if own else Path(get_default_build_root()).glob("*")        # one folder per version of Python and CUDA
-    # the operators that a run here may need: exchange between CPU processes, and Adam with offload or on a GPU
+    # the operators that a run may need: exchange between CPU processes, and DeepSpeed's own Adam where someone passes it
     for lock in (root / name / "lock" for root in roots for name in ("deepspeed_shm_comm", "cpu_adam", "fused_adam")):
         if not lock.exists():
             continue
@@ -225,9 +225,8 @@ def prepare_model(accelerator, model, optimizer, micro_batch_size, max_grad_norm
     # The caller decides when a step is complete: the number of mini-batches in it varies (the last may be short), and a step may
     # be dropped. DeepSpeed must then neither count nor divide.
     settings["gradient_accumulation_steps"], settings["managed_gradient_accumulation"] = 1, False
-    if not isinstance(optimizer, torch.optim.Adam):
-        # Offload would otherwise replace any optimizer, SGD too, by its own Adam without a word.
-        settings["zero_force_ds_cpu_optimizer"] = False
+    # Offload would otherwise replace the optimizer, SGD too, by DeepSpeed's own CPU Adam without a word. Who wants that passes it.
+    settings["zero_force_ds_cpu_optimizer"] = False
     return accelerator.prepare(model, optimizer)
 
 
