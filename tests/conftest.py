@@ -12,3 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The models are tiny: a second thread gains nothing, and waiting for it on a busy machine costs minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: starts DeepSpeed, or a launcher for a README line; make test-long")

@@ -28,9 +28,10 @@ FULL = {"ppo_epochs": 2, "init_kl_coef": 0.3, "target": 0.05, "horizon": 50.0, "
         "use_score_scaling": True, "use_score_norm": True}
 EMPTY = (1, 7, 3, 5, 0, 0, 0, 0)        # the second rank has no response token at all
 STAGES = ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
-WAYS = ["multi_cpu", *STAGES]
+long = pytest.mark.long         # whatever starts DeepSpeed, see conftest.py
+WAYS = ["multi_cpu", *(pytest.param(way, marks=long) for way in STAGES)]
 OPTIMIZERS = ["sgd", "adam", "adam8bit", "lion"]
-every_way, every_stage = pytest.mark.parametrize("way", WAYS), pytest.mark.parametrize("way", STAGES)
+every_way, every_stage = pytest.mark.parametrize("way", WAYS), pytest.mark.parametrize("way", WAYS[1:])
 
 
 def jobs(processes, folder, way):
@@ -215,6 +216,7 @@ def test_text_written_by_two_processes_is_that_of_one(runs, way):
         assert found["greedy"] == one["greedy"]
 
 
+@long
 def test_zero3_gathers_once_per_rollout_or_layer_by_layer_and_writes_the_same(runs):
     (one, _), = runs("one", "write")
     for job, gathers in (("write", 1), ("layers", 0)):      # a rollout of two batches
@@ -225,9 +227,9 @@ def test_zero3_gathers_once_per_rollout_or_layer_by_layer_and_writes_the_same(ru
         assert "[1, 2] batches" in found["refused"] and "ds3_gather_for_generation=True" in found["refused"]
 
 
-@pytest.mark.parametrize("way, job", [*((way, "write") for way in WAYS), ("deepspeed_zero3", "layers")])
-def test_ranks_that_reach_the_end_at_different_steps_do_not_wait_for_ever(runs, way, job):
-    (first, _), (second, _) = runs(way, job)
+@pytest.mark.parametrize("way", [*WAYS, pytest.param("layers", marks=long)])
+def test_ranks_that_reach_the_end_at_different_steps_do_not_wait_for_ever(runs, way):
+    (first, _), (second, _) = runs("deepspeed_zero3", "layers") if way == "layers" else runs(way, "write")
     assert first["uneven"] == [1] * 4 and second["uneven"] == [6] * 4
 
 
@@ -245,7 +247,7 @@ def test_a_seed_reproduces_a_run_in_which_each_rank_samples_its_own(runs, way):
 # --------------------------------------------------------------------------------------------- loading and saving
 
 
-@pytest.mark.parametrize("way", ["one", *WAYS, "deepspeed_zero3_offload"])
+@pytest.mark.parametrize("way", ["one", *WAYS, pytest.param("deepspeed_zero3_offload", marks=long)])
 def test_what_any_stage_saves_loads_whole_in_one_process(runs, way):
     found, weights = runs(way, "sgd")[0]
     model = AutoModelForCausalLMWithValueHead.from_pretrained(runs.folder / f"{way}-final").eval()
@@ -259,6 +261,7 @@ def test_what_any_stage_saves_loads_whole_in_one_process(runs, way):
     assert torch.allclose(values, torch.tensor(found["values"]), atol=1e-6)
 
 
+@long
 def test_a_model_loaded_in_shares_trains_as_one_loaded_whole(runs):
     assert distance(runs("deepspeed_zero3", "loaded")[0][1], runs("one", "empty")[0][1]) < 1e-5
 
@@ -286,6 +289,7 @@ def test_a_deepspeed_config_that_says_something_else_is_refused_with_both_number
 # -------------------------------------------------------------------------------------------- optimizers by stage
 
 
+@long
 def test_each_optimizer_runs_under_each_stage_and_the_table_says_so(runs):
     ways = {"DDP": "multi_cpu", "ZeRO-1": STAGES[0], "ZeRO-2": STAGES[1], "ZeRO-3": STAGES[2],
             "ZeRO-3 offload": "deepspeed_zero3_offload"}

@@ -16,7 +16,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 SHELL = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()
          if line.strip() and not line.startswith("#")]
-NOT_RUN = {"make test": "it is what runs this test"}
+NOT_RUN = {"make test": "it is what runs this test", "make test-long": "it is what runs this test"}
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,14 @@ def run_line(line, checkout):
     return subprocess.run(line, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)
 
 
+LAUNCHED = [line for line in SHELL if re.search("multi|zero|accelerate launch", line)]
+
+
 @pytest.fixture(scope="module")
-def finished(checkout):
-    """Every shell line that can run here, two at a time. -> {line: what it did}"""
-    lines = [line for line in SHELL if reason_to_skip(line, checkout) is None]
+def finished(checkout, request):
+    """Every shell line that is asked for and can run here, two at a time. -> {line: what it did}"""
+    asked = {item.callspec.params["line"] for item in request.session.items if "line" in getattr(getattr(item, "callspec", None), "params", {})}
+    lines = [line for line in SHELL if line in asked and reason_to_skip(line, checkout) is None]
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(lines, pool.map(lambda line: run_line(line, checkout), lines)))
 
@@ -90,7 +94,7 @@ def reason_to_skip(line, checkout):
 
 
 @pytest.mark.timeout(1800)      # whichever of them comes first waits for all
-@pytest.mark.parametrize("line", SHELL)
+@pytest.mark.parametrize("line", [pytest.param(line, marks=pytest.mark.long) if line in LAUNCHED else line for line in SHELL])
 def test_shell_line_runs(line, checkout, finished):
     if reason_to_skip(line, checkout):
         pytest.skip(f"{line}: {reason_to_skip(line, checkout)}")

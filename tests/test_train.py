@@ -320,7 +320,7 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("way", ["multi_cpu", "deepspeed_zero3"])
+@pytest.mark.parametrize("way", ["multi_cpu", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
 def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(way, two_processes, tmp_path):
     """And ZeRO's run is the plain one's, to the last bit of every weight."""
     folder = tmp_path / "run"
