@@ -51,7 +51,7 @@ def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, **kw
     # A launcher starts several processes on a machine without a GPU, too; unless told, accelerate takes each for a run of its own.
     cpu = cpu or not torch.accelerator.is_available()
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # else deepspeed, which transformers imports to save, looks for a GPU aloud
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # transformers imports deepspeed to save, which else warns that it found no GPU
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         cpu = prepare_for_deepspeed(cpu, kwargs)
     return Accelerator(log_with=log_with, mixed_precision=mixed_precision, cpu=cpu,
@@ -75,7 +75,7 @@ def prepare_for_deepspeed(cpu, kwargs):
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("this run was launched with DeepSpeed but deepspeed is not installed; run: pip install deepspeed ninja")
     check_build_locks()
-    # DeepSpeed 0.19 calls torch's collectives by their older names, which torch 2.13 says at every new call site.
+    # DeepSpeed 0.19 calls torch's collectives by their older names, about which torch 2.13 warns again and again.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+. is deprecated", category=FutureWarning)
     if cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
         if torch.accelerator.is_available():

@@ -1,8 +1,8 @@
 """Optimizers and learning-rate schedules for PPO, and which parameters they train.
 
 Why: Adam keeps 8 bytes of state for each parameter, which for a 7B policy is more than the policy. Lion keeps half of that,
-8-bit Adam a quarter, SGD none. A schedule matters more than in supervised training: the policy makes its own data, so a step that is too
-large late in a run is not repaired by the next batch.
+8-bit Adam a quarter, SGD none. A schedule matters more than in supervised training: the policy makes its own data, so a step
+that is too large late in a run is not repaired by the next batch.
 Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), update rule in `lion_update`; 8-bit Adam is bitsandbytes'
 (Dettmers et al. 2022, arXiv 2110.02861): moments in blocks of 256 one-byte numbers, which one scale per block spreads out.
 Differs from the paper in: nothing; from TRL 0.11.4 in: schedules are stepped once per PPO step, whatever the number of

@@ -84,8 +84,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
         Keywords for the head (`summary_dropout_prob`, `v_head_init_strategy`, `v_head_initializer_range`) are taken out,
         all others go to `AutoModelForCausalLM.from_pretrained`; `load_in_8bit=True` and `load_in_4bit=True`, the older spelling of
-        a `quantization_config`, are understood (such a model is fit for a reference, not for training). A `v_head.*` found beside the weights is loaded;
-        otherwise a new one is made and that is logged. ValueError if there is no such model, or it has no LM head.
+        a `quantization_config`, are understood (such a model is fit for a reference, not for training). A `v_head.*` found
+        beside the weights is loaded; otherwise a new one is made and that is logged. ValueError if there is no such model, or
+        it has no LM head.
         """
         head_arguments = {k: kwargs.pop(k) for k in HEAD_ARGUMENTS if k in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):

@@ -12,6 +12,7 @@ What you should see: a plan, one line per step with a score that rises while the
 on prompts held out from training, before and after. What it leaves in runs/<name>/:
     config.json     every setting, and the versions of the libraries
     metrics.jsonl   one line per step: every statistic but the per-token ones; the README's glossary says what each means
+    before.json     what the untrained policy wrote to the held-out prompts, for a run that is resumed
     curves.png      score, KL, entropy, losses
     samples.md      the same 16 held-out prompts answered before and after, with scores
     summary.json    the last lines of the run as numbers: scores, KL, seconds, peak memory, bytes of optimizer state
@@ -48,7 +49,6 @@ import reference
 import rewards
 from ppo_core import PPOConfig, PPOTrainer, knob
 from value_head import AutoModelForCausalLMWithValueHead
-
 
 ADAM_LEARNING_RATE = 4e-4       # suits a model of a few million parameters; a large one wants PPOConfig's 1.41e-5
 
@@ -173,9 +173,10 @@ def one_step(trainer, reward, train_prompts, step, run):
         stats = trainer.step(queries, responses, scores)
     # (f) book-keeping
     stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
-    trainer.log_stats(stats, {"query": texts, "response": answers}, scores)
-    run.record(step, stats, time.perf_counter() - started)
-    run.save(trainer, step)
+    with distributed.phase(accelerator, f"step {step}, (f) book-keeping"):
+        trainer.log_stats(stats, {"query": texts, "response": answers}, scores)
+        run.record(step, stats, time.perf_counter() - started)
+        run.save(trainer, step)
 
 
 # ------------------------------------------------------------------------------------------------ what main() calls
@@ -456,7 +457,7 @@ class RunFolder:
         summary = {**sides, "kl": rows[-1]["objective/kl"], "steps": self.steps, "seconds": time.perf_counter() - self.started,
                    "seconds in steps": self.seconds, "peak memory bytes": distributed.peak_memory(self.device),
                    "optimizer state bytes": state_bytes}
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        replace_file(self.folder / "summary.json", json.dumps(summary, indent=1))      # last and whole: it says that the run is finished
         self.say(f"before: {before}\nafter:  {after}, KL {summary['kl']:.2f} nats\n{summary['seconds']:.0f} s, peak memory "
                  f"{summary['peak memory bytes'] / 1e6:.0f} MB; the model is in {self.folder / 'final'}, see also "
                  f"{self.folder / 'curves.png'} and samples.md")
