@@ -44,7 +44,7 @@ def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41
     """
     lr = default_learning_rate(name, adam_learning_rate) if learning_rate is None else learning_rate
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr)
+        return torch.optim.Adam(parameters, lr=lr, fused=True)     # one pass over each tensor instead of eight; the same update
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr)
     if name == "lion":

@@ -163,6 +163,32 @@ def entropy_from_logits(logits):
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
+class LogprobsAndEntropy(torch.autograd.Function):
+    """Both of the above from one pass over the logits: (n, V), (n,) -> (n,), (n,). Only the log-prob has a gradient.
+
+    Saves: one (n, V) tensor is kept for the backward pass, the probabilities, and its gradient is made in place of them. Left to
+    autograd it is six of that size, of which three are kept.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        probabilities = logits.softmax(-1)                                                                # (n, V)
+        # The largest probability is at least 1 / V, so its logarithm is exact to the last digits, and gives all others.
+        largest, where = logits.max(-1, keepdim=True)
+        normaliser = (largest - probabilities.gather(1, where).log()).squeeze(1)                         # log sum exp, (n,)
+        logprobs = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normaliser
+        entropy = normaliser - torch.linalg.vecdot(probabilities, logits)
+        ctx.save_for_backward(probabilities, labels)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        probabilities, labels = ctx.saved_tensors
+        # d log p(label) / d logits = onehot(label) - p
+        return probabilities.mul_(-gradient.unsqueeze(1)).scatter_add_(1, labels.unsqueeze(1), gradient.unsqueeze(1)), None
+
+
 def gae(rewards, values, mask, gamma, lam):
     """Generalised advantage estimation, equations 11 and 16 of arXiv 1506.02438, from the last token back.
 
@@ -207,7 +233,7 @@ def collate(queries, responses, response_masks, pad_token_id):
     """Lists of B tensors (Q_i,), (R_i,) -> dict of tensors padded on the right, as drawn at the top of this file.
 
     input_ids, attention_mask (B, T); positions (B, R): the column that scores each response token; labels (B, R): these
-    tokens; mask (B, R); response_lengths (B,). response_masks: None or a list of (R_i,) that leave tokens out.
+    tokens; mask (B, R); response_lengths, lengths of query and response (B,). response_masks: None or a list of (R_i,) that leave tokens out.
     """
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad([torch.cat([q, r]) for q, r in zip(queries, responses)], batch_first=True, padding_value=pad_token_id)
@@ -222,18 +248,60 @@ def collate(queries, responses, response_masks, pad_token_id):
         kept = pad([(m != 0).long() for m in response_masks], batch_first=True).to(device)                # (B, <= R)
         mask[:, :kept.shape[1]] *= kept
     return {"input_ids": input_ids, "positions": positions, "mask": mask, "response_lengths": response_lengths,
+            "lengths": query_lengths + response_lengths,
             "attention_mask": (column < (query_lengths + response_lengths)[:, None]).long(),
             "labels": input_ids.gather(1, (positions + 1).clamp(max=input_ids.shape[1] - 1))}
 
 
+def even_size(n):
+    """n rounded up to one of few sizes, by 7 or by an eighth at most: 8, 16, ... 128, 144, ... 256, 288, ...
+
+    Products of matrices are made by kernels that are built for the sizes they meet. One that is new costs about half a millisecond and
+    half a megabyte on a CPU, for good, which with ragged responses was more than the work itself.
+    """
+    step = max(8, 2 ** ((n - 1).bit_length() - 4))
+    return -(-n // step) * step
+
+
 def take(batch, index):
-    """Rows `index` of a dict made by `collate` (and of what was added to it), trimmed to the longest of these rows."""
+    """Rows `index` of a dict made by `collate` (and of what was added to it), trimmed to the longest of these rows, see even_size."""
     rows = {name: tensor[index] for name, tensor in batch.items()}
-    T, R = int(rows["attention_mask"].sum(1).max()), max(1, int(rows["response_lengths"].max()))
-    width = {"input_ids": T, "attention_mask": T, "trunk": T}
-    rows = {name: tensor[:, :width.get(name, R)] if tensor.ndim > 1 else tensor for name, tensor in rows.items()}
+    # without the last token: it is scored from the column before it, and nothing is scored from its own
+    T, R = even_size(max(1, int(rows["lengths"].max()) - 1)), max(1, int(rows["response_lengths"].max()))
+    for name, tensor in rows.items():
+        if name in ("input_ids", "attention_mask", "trunk"):
+            missing = max(0, T - tensor.shape[1])
+            rows[name] = torch.nn.functional.pad(tensor[:, :T], (*[0, 0] * (tensor.ndim - 2), 0, missing))
+        elif tensor.ndim > 1:
+            rows[name] = tensor[:, :R]
     rows["positions"] = rows["positions"].clamp(max=T - 1)      # of short rows they point into padding, which was trimmed
     return rows
+
+
+def fill_by_length(lengths, index, size, saving=1.0):
+    """Rows `index` in pieces of at most `size`, those of like length together, so that little of a piece is padding.
+
+    lengths: (B,) tokens. saving: also halve a piece where that takes away more than this share of it. -> list of index tensors.
+    """
+    index = index[lengths[index].argsort(stable=True)]
+    done, todo = [], list(index.split(size))[::-1]
+    while todo:
+        piece = todo.pop()
+        length, half = lengths[piece], len(piece) // 2
+        if half and half * int(length[-1] - length[half - 1]) > saving * len(piece) * int(length[-1]):
+            todo += [piece[half:], piece[:half]]
+        else:
+            done.append(piece)
+    return done
+
+
+def fuse_activations(model):
+    """GPT-2's GELU as one operation instead of eight, in place: the same formula, without seven tensors of the width of the MLP."""
+    from transformers.activations import NewGELUActivation
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
 
 
 def disable_dropout(model):
@@ -279,6 +347,48 @@ class LengthSampler:
 
     def __call__(self):
         return int(np.random.choice(self.values))
+
+
+def draw(probabilities):
+    """One token from each row: (B, V) -> (B,). Inverts the distribution function at one random number per row.
+
+    In float64, so that a token of probability 1e-9 is drawn as often as it should be; one of probability 0 never is.
+    """
+    steps = probabilities.double().cumsum(-1)                                                             # (B, V)
+    point = torch.rand(len(steps), 1, dtype=torch.float64, device=steps.device) * steps[:, -1:]
+    return torch.searchsorted(steps, point, right=True).squeeze(1).clamp(max=steps.shape[1] - 1)
+
+
+def roomy_cache(config, tokens):
+    """A key-value cache that has its memory from the start; transformers' own copies all of it at each token.
+
+    -> None for a model whose layers keep something else than keys and values of every token.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def update(self, keys, values, *args, **kwargs):                                                  # (b, heads, new, width)
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+                self.room = [each.new_empty(*each.shape[:2], tokens, each.shape[3]) for each in (keys, values)]
+            start = self.get_seq_length()
+            for room, new in zip(self.room, (keys, values)):
+                room[:, :, start:start + new.shape[2]] = new
+            return self.use(start + keys.shape[2])
+
+        def use(self, tokens):
+            self.keys, self.values = (room[:, :, :tokens] for room in self.room)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices):
+            self.room = [room[indices] for room in self.room]
+            self.use(self.get_seq_length())
+
+    cache = DynamicCache(config=config)
+    if any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return None
+    cache.layers = [RoomyLayer() for _ in cache.layers]
+    return cache
 
 
 # Settings of `generate` that leave the sampled distribution alone, and the value at which the others do.
@@ -342,6 +452,8 @@ class PPOTrainer:
                 ref_model = reference.create_reference_model(model, num_shared_layers)
         for each in (model, ref_model):
             disable_dropout(each)
+            if not quantized(each):
+                fuse_activations(each)
         if config.gradient_checkpointing:
             # Non-reentrant: it also works when the first layers are frozen and their inputs need no gradient.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -352,7 +464,7 @@ class PPOTrainer:
             tokenizer.pad_token = tokenizer.eos_token
 
         if optimizer is None:
-            optimizer = torch.optim.Adam(optim.trainable_parameters(model), lr=config.learning_rate)
+            optimizer = optim.make_optimizer("adam", optim.trainable_parameters(model), config.learning_rate)
         check_optimizer(optimizer, lr_scheduler, model)
         # The scheduler stays out of `prepare`: accelerate's wrapper steps it once per process.
         self.lr_scheduler = lr_scheduler
@@ -378,6 +490,10 @@ class PPOTrainer:
                 k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))},
                 init_kwargs=distributed.tracker_arguments(config.log_with, self.accelerator.logging_dir))
         self.steps_done = 0
+        # Logits held at once: 64 MB of them. Under ZeRO-3 every use of `lm_head` is an exchange between processes, which must be as
+        # many on each, so there all are made at once.
+        vocabulary = distributed.unwrap(self.model).config.vocab_size
+        self.chunk = None if distributed.zero_stage(self.accelerator) == 3 else max(8, 2 ** 24 // vocabulary // 8 * 8)
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
         self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -402,6 +518,9 @@ class PPOTrainer:
         if not all(torch.is_tensor(q) and q.ndim == 1 and len(q) > 0 for q in queries):
             raise ValueError(f"queries must be tensors of shape (Q,) with at least 1 token each, got {describe(queries)}")
         arguments = sampling_arguments(self.config.temperature, generation_kwargs, allow_other_distribution)
+        # Pure sampling of so many tokens is what `sample` does, in less time; all else is left to transformers' `generate`.
+        plain = {k: v for k, v in arguments.items() if k not in HARMLESS} == sampling_arguments(self.config.temperature, {}) and \
+            not {"max_length", "bos_token_id", "use_cache"} & set(arguments)
         arguments["synced_gpus"] = generates_in_step(self.accelerator, gather, batches=-(-len(queries) // batch_size))
         results = []
         for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
@@ -410,13 +529,17 @@ class PPOTrainer:
                 for start in range(0, len(queries), batch_size):
                     if length_sampler is not None:
                         arguments["max_new_tokens"] = length_sampler()
-                    responses += self.generate_batch(bare, queries[start:start + batch_size], arguments)
+                    responses += self.generate_batch(bare, queries[start:start + batch_size], arguments,
+                                                     plain and not arguments["synced_gpus"] and "max_new_tokens" in arguments)
             whole = [torch.cat([q.to(r.device), r]) if return_prompt else r for q, r in zip(queries, responses)]
             results.append(whole[0].unsqueeze(0) if one else whole)
         return tuple(results) if generate_ref_response else results[0]
 
-    def generate_batch(self, bare, queries, arguments):
-        """One left-padded batch. queries: list of (Q_i,) -> list of responses (R_i,), EOS included where one was sampled."""
+    def generate_batch(self, bare, queries, arguments, plain=False):
+        """One left-padded batch. queries: list of (Q_i,) -> list of responses (R_i,), EOS included where one was sampled.
+
+        plain: nothing but pure sampling is asked for, so `sample` may do it.
+        """
         from transformers import GenerationConfig
         longest = max(len(q) for q in queries)
         self.check_positions(max(longest + arguments.get("max_new_tokens", 0), arguments.get("max_length", 0)), longest)
@@ -426,8 +549,12 @@ class PPOTrainer:
         attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()                     # (B, Q)
         arguments = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id, **arguments}
         device = self.accelerator.device
+        stop = torch.as_tensor(arguments["eos_token_id"], device=device).view(-1)
         with self.accelerator.autocast():
             bare.eval()
+            cache = roomy_cache(bare.config, even_size(longest) + arguments["max_new_tokens"]) if plain else None
+            if cache is not None:
+                return self.sample(bare, flipped.flip(1).to(device), attention_mask.to(device), arguments["max_new_tokens"], stop, cache)
             shipped, bare.pretrained_model.generation_config = bare.pretrained_model.generation_config, GenerationConfig()
             try:
                 tokens = bare.generate(input_ids=flipped.flip(1).to(device), attention_mask=attention_mask.to(device),
@@ -435,11 +562,39 @@ class PPOTrainer:
             finally:
                 bare.pretrained_model.generation_config = shipped
         responses = tokens[:, longest:]                                                                   # (B, R)
-        stop = torch.as_tensor(arguments["eos_token_id"], device=device).view(-1)
         ended = torch.isin(responses, stop).long()
         # The tokens up to the first EOS of the response; one in the prompt is none of our business.
         lengths = (ended.cumsum(1) - ended == 0).sum(1)                                                   # (B,)
         return [row[:n] for row, n in zip(responses, lengths.tolist())]
+
+    def sample(self, bare, input_ids, attention_mask, new_tokens, stop, cache):
+        """Pure sampling at config.temperature, token by token. input_ids, attention_mask (B, Q) -> list of responses (R_i,).
+
+        Rows that have ended are dropped from the batch and from its cache, where `generate` computes them to the end; and a token costs
+        one random number, where torch.multinomial draws one for each entry of the vocabulary. stop: token ids that end a response.
+        cache: of roomy_cache, for even_size(Q) + new_tokens tokens.
+        """
+        wider = even_size(input_ids.shape[1]) - input_ids.shape[1]
+        input_ids, attention_mask = (torch.nn.functional.pad(each, (wider, 0)) for each in (input_ids, attention_mask))
+        rows = torch.arange(len(input_ids), device=input_ids.device)                                    # still being written
+        tokens = input_ids.new_zeros(len(rows), new_tokens)                                             # (B, R)
+        lengths = torch.full_like(rows, new_tokens)
+        for t in range(new_tokens):
+            last = torch.full_like(input_ids[:, :1], input_ids.shape[1] - 1)
+            logits, *_ = bare(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logit_positions=last, use_cache=True)
+            drawn = draw((logits[:, 0] / self.config.temperature).softmax(-1))                          # (b,)
+            tokens[rows, t] = drawn
+            ended = torch.isin(drawn, stop) & (lengths[rows] == new_tokens)
+            lengths[rows[ended]] = t + 1
+            finished = lengths[rows] < new_tokens
+            kept = finished.long().argsort(stable=True)[:even_size(int((~finished).sum()))]             # a few of them may stay
+            if bool(finished.all()):
+                break
+            if len(kept) < len(rows):
+                rows, drawn, attention_mask = rows[kept], drawn[kept], attention_mask[kept]
+                cache.batch_select_indices(kept)
+            input_ids, attention_mask = drawn.unsqueeze(1), torch.nn.functional.pad(attention_mask, (0, 1), value=1)
+        return [row[:n] for row, n in zip(tokens, lengths.tolist())]
 
     def check_positions(self, tokens, query_tokens):
         from distributed import unwrap
@@ -535,15 +690,26 @@ class PPOTrainer:
             self.check_positions(len(query) + len(response), len(query))
         return check_scores(scores)
 
-    def forward(self, model, rows):
-        """-> logprobs (B, R), values (B, R), logits (B, R, V), all at config.temperature. rows: from `take`."""
+    def forward(self, model, rows, keep_logits=False):
+        """-> logprobs, values, entropy (b, R), all at config.temperature and 0 outside the mask. rows: from `take`.
+
+        keep_logits: in place of the entropy the logits (b, R, V), for the exact KL, which needs those of two models.
+        """
+        labels = rows["labels"].flatten()
+
+        def score(logits, index):                                                       # (n, V), (n,) -> two of (n, ...)
+            if self.config.temperature != 1.0:
+                logits = logits / self.config.temperature
+            if keep_logits:
+                return logprobs_from_logits(logits, labels[index]), logits
+            return LogprobsAndEntropy.apply(logits, labels[index])
+
         # autocast for the reference too: in another precision it would not be the same model
         with self.accelerator.autocast(), self.trunk.replay(rows.get("trunk")):
-            logits, _, values = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"],
-                                      logit_positions=rows["positions"], use_cache=False)
-        if self.config.temperature != 1.0:
-            logits = logits / self.config.temperature
-        return logprobs_from_logits(logits, rows["labels"]), values, logits
+            (logprobs, rest), _, values = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], score=score,
+                                                logit_positions=rows["positions"], score_mask=rows["mask"], chunk=self.chunk,
+                                                use_cache=False)
+        return logprobs, values, rest
 
     @torch.no_grad()
     def record(self, batch):
@@ -555,22 +721,24 @@ class PPOTrainer:
         shape, trunk = batch["mask"].shape, None
         logprobs, values, ref_logprobs, kl = torch.zeros((4, *shape), device=batch["mask"].device)
         self.model.eval()
+        full, everything = self.config.kl_penalty == "full", torch.arange(shape[0], device=batch["mask"].device)
         # In mini-batches, policy and reference side by side: full_kl needs both (b, r, V) tensors, and no more than one pair.
-        for index in torch.arange(shape[0]).split(self.config.mini_batch_size):
+        for index in fill_by_length(batch["lengths"], everything, self.config.mini_batch_size):
             rows = take(batch, index)
             mask = rows["mask"]                                                                            # (b, r)
             with self.trunk.record() as kept:
-                new, value, logits = self.forward(self.model, rows)
+                new, value, logits = self.forward(self.model, rows, keep_logits=full)
             rows.update(kept)
-            ref, _, ref_logits = self.forward(self.ref_model, rows)
-            logprobs[index, :mask.shape[1]], values[index, :mask.shape[1]] = new * mask, value * mask
-            ref_logprobs[index, :mask.shape[1]] = ref * mask
-            if self.config.kl_penalty == "full":
-                kl[index, :mask.shape[1]] = full_kl(logits, ref_logits) * mask
+            ref, _, ref_logits = self.forward(self.ref_model, rows, keep_logits=full)
+            width = mask.shape[1]
+            logprobs[index, :width], values[index, :width], ref_logprobs[index, :width] = new, value, ref
+            if full:
+                kl[index, :width] = full_kl(logits, ref_logits) * mask
             if kept:
                 hidden = kept["trunk"]                                                                     # (b, t, H)
                 trunk = hidden.new_zeros(*batch["input_ids"].shape, hidden.shape[-1]) if trunk is None else trunk
-                trunk[index, :hidden.shape[1]] = hidden     # the zeros beyond stand for padding, which no real token sees
+                columns = min(trunk.shape[1], hidden.shape[1])
+                trunk[index, :columns] = hidden[:, :columns]    # what lies beyond is padding, which no real token sees
             del logits, ref_logits      # (b, r, V) each: not to be kept through the next mini-batch's forward pass
         if trunk is not None:
             batch["trunk"] = trunk
@@ -584,7 +752,7 @@ class PPOTrainer:
         sums, ratios = [], []
         for _ in range(self.config.ppo_epochs):
             # numpy's global generator, as TRL: the same seed gives the same mini-batches there and here
-            order = torch.from_numpy(np.random.permutation(self.config.batch_size))
+            order = torch.from_numpy(np.random.permutation(self.config.batch_size)).to(batch["mask"].device)
             for index in order.split(self.config.backward_batch_size):
                 row, ratio = self.optimizer_step(batch, index, first=not sums)
                 sums.append(row)
@@ -607,7 +775,9 @@ class PPOTrainer:
         # would weigh a token in a short mini-batch more: with ragged responses the update was off by 25 %.
         tokens = self.reduce(batch["mask"][index].sum().float())
         sums, ratios = torch.zeros(len(TERMS), dtype=torch.float64, device=tokens.device), []
-        parts = index.split(self.config.mini_batch_size)
+        # One process may also halve a mini-batch whose rows differ much in length: the sum over its tokens stays what it is. Several
+        # must all do the same number of passes.
+        parts = fill_by_length(batch["lengths"], index, self.config.mini_batch_size, saving=0.15 if processes == 1 else 1.0)
         for number, part in enumerate(parts):
             rows = take(batch, part)
             with accumulate(self.accelerator, self.model, last=number == len(parts) - 1):
@@ -634,7 +804,7 @@ class PPOTrainer:
     def minibatch_loss(self, rows, first):
         """-> loss (): summed over tokens, terms (len(TERMS),): sums for the statistics, ratios (tokens,)."""
         config, mask = self.config, rows["mask"]                                                          # (b, r)
-        new_logprobs, new_values, logits = self.forward(self.model, rows)
+        new_logprobs, new_values, entropy = self.forward(self.model, rows)
         log_ratio = (new_logprobs - rows["logprobs"]) * mask
         if first:
             self.check_ratio(log_ratio, mask)
@@ -643,7 +813,7 @@ class PPOTrainer:
         vf_loss, vf_clipped = value_loss(new_values, rows["values"], rows["returns"], config.cliprange_value)
         loss = ((pg_loss + config.vf_coef * vf_loss) * mask).sum()
         with torch.no_grad():
-            terms = (pg_loss, vf_loss, entropy_from_logits(logits), 0.5 * log_ratio.square(), -log_ratio, clipped,
+            terms = (pg_loss, vf_loss, entropy, 0.5 * log_ratio.square(), -log_ratio, clipped,
                      rows["advantages"], ratio, rows["returns"], rows["returns"].square(), new_values,
                      (new_values - rows["returns"]).square(), vf_clipped, rows["values"], rows["values"].square())
             sums = torch.stack([(term.double() * mask).sum() for term in terms])

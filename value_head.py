@@ -7,8 +7,8 @@ Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1: the value function 
 and state-dict names are those of TRL 0.11.4, so checkpoints move both ways.
 Differs from TRL 0.11.4 in: position ids are made from the attention mask, so left padding changes nothing (there, GPT-2's
 log-probs were off by 0.3); the head reads the very tensor that feeds `lm_head`, so no list of all hidden states is kept;
-`logit_positions` limits the vocabulary-sized work to the tokens that are scored; weights load as float32 unless another
-type is asked for; the head stays float32 (unless DeepSpeed casts all); a head that is missing from a checkpoint is said aloud.
+`logit_positions` and `score` limit the vocabulary-sized work to the tokens that are scored, some of them at a time; weights
+load as float32 unless another type is asked for; the head stays float32 (unless DeepSpeed casts all); a head that is missing from a checkpoint is said aloud.
 Shapes: (B, T) token ids -> logits (B, T, V), values (B, T). values[:, t] is V(everything up to and including token t),
 which is what the model knew before it chose token t+1; ppo_core.py draws the picture.
 Copy me: needs torch and transformers, and bitsandbytes for 8 or 4 bits. Tested by tests/test_value_head.py.
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -114,18 +115,23 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         return model
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, position_ids=None, logit_positions=None,
-                return_past_key_values=False, **kwargs):
+                score=None, score_mask=None, chunk=None, return_past_key_values=False, **kwargs):
         """-> (lm_logits (B, T, V) float32, loss or None, values (B, T) float32[, past_key_values]).
 
         input_ids, attention_mask: (B, T), padding on either side, 1 = a real token.
         logit_positions: (B, R) columns of T. With it, logits are (B, R, V) and values (B, R), at those columns only:
         the (B, T, V) tensor over prompt and padding, the largest of a PPO step, is then never made.
+        score, score_mask (B, R), chunk: instead of logits, what `score` makes of them; see `score_tokens`.
         """
         if position_ids is None and attention_mask is not None and self.takes_position_ids:
             # Position 0 is the first real token, wherever the padding is. Padding gets 0; nobody looks at it.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1]:]    # (B, T)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
+        if score is not None:
+            # the trunk alone: what the language model does after it is done below, for the tokens that count
+            output = self.pretrained_model.base_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return self.score_tokens(output, logit_positions, score_mask, score, chunk)
         seen = []
 
         def read_input(_, inputs):
@@ -146,6 +152,53 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         values = self.v_head(seen[0]).squeeze(-1)                                                   # (B, T) or (B, R)
         result = (output.logits.float(), output.loss, values)
         return result + (output.past_key_values,) if return_past_key_values else result
+
+    def score_tokens(self, output, positions, mask, score, chunk=None):
+        """-> (what `score` gives, each (B, R, ...)), None, values (B, R); all 0 where mask (B, R) is 0.
+
+        output: the trunk's. score: function(logits (n, V) float32, index (n,)) -> tuple of tensors (n, ...); index: which of the
+        B * R places the n tokens have. chunk: tokens whose logits may be held at once; None = all. Beyond the first chunk the logits
+        are computed again in the backward pass instead of being kept: a fifth more time, and memory that no longer grows with B x R x V.
+        """
+        hidden = output.last_hidden_state                                                               # (B, T, H)
+        index = mask.flatten().nonzero().squeeze(1)                                                     # (N,)
+        columns = positions + torch.arange(len(positions), device=hidden.device)[:, None] * hidden.shape[1]
+        count, padding = len(index), index.new_zeros(even_size(max(1, len(index))) - len(index))
+        index = torch.cat([index, padding])                     # computed, and left out of what is given back
+        hidden = hidden.flatten(0, 1)[columns.flatten()[index]]                                         # (N, H)
+
+        def some(hidden, index):
+            logits, values = self.head(output, hidden)
+            return (*score(logits, index), values)
+
+        pieces = list(zip(hidden.split(chunk or len(hidden)), index.split(chunk or len(hidden))))
+        if len(pieces) > 1 and torch.is_grad_enabled():
+            done = [checkpoint(some, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        else:
+            done = [some(*piece) for piece in pieces]
+        *scored, values = [torch.cat(each)[:count] for each in zip(*done)]                              # (N, ...) each
+        places = [each.new_zeros(mask.numel(), *each.shape[1:]).index_copy(0, index[:count], each) for each in (*scored, values)]
+        *scored, values = [each.unflatten(0, mask.shape) for each in places]
+        return tuple(scored), None, values
+
+    def head(self, output, hidden):
+        """What the language model makes of its trunk's output: hidden (n, H) -> logits (n, V) float32, values (n,) float32.
+
+        The model itself is run on a trunk that has its answer ready, because families differ in what they do around `lm_head`
+        (soft-caps, scales, biases).
+        """
+        trunk, seen = self.pretrained_model.base_model, []
+        before = vars(trunk).get("forward")             # accelerate's hooks put one there too
+        trunk.forward = lambda *args, **kwargs: type(output)(**{**output, "last_hidden_state": hidden.unsqueeze(0)})
+        reader = self.pretrained_model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.pretrained_model().logits.squeeze(0)
+        finally:
+            reader.remove()
+            del trunk.forward
+            if before is not None:
+                trunk.forward = before
+        return logits.float(), self.v_head(seen[0]).view(-1)
 
     def generate(self, *args, **kwargs):
         """The language model's own `generate`."""
@@ -174,6 +227,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         kwargs.setdefault("state_dict", self.state_dict())
         self.pretrained_model.save_pretrained(folder, **kwargs)
         remove_older_layout(folder)
+
+
+def even_size(n):   # same as ppo_core.even_size
+    """n rounded up to one of few sizes: 8, 16, ... 128, 144, ... 256, 288, ... Each size that is new costs a kernel of its own."""
+    step = max(8, 2 ** ((n - 1).bit_length() - 4))
+    return -(-n // step) * step
 
 
 def translate_bits(kwargs):

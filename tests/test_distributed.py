@@ -387,6 +387,39 @@ def test_seeding_sets_every_generator_and_ranks_differ():
     assert draws[0] == draws[1] and all(a != b for a, b in zip(draws[0], draws[2]))
 
 
+def test_float32_products_by_the_other_library_are_as_exact_and_leave_everything_else_alone():
+    """In a process of its own, as it holds for good. Every layout of a forward and a backward pass, against float64."""
+    code = """
+import torch, distributed
+torch.manual_seed(0)
+plain = torch.nn.Linear(24, 40)
+assert distributed.fast_float32_products(force=True) and distributed.fast_float32_products(force=True)      # twice is once
+calls, linear = [], torch.ops.mkldnn._linear_pointwise
+for M, dtype, ours in ((16, torch.float32, True), (13, torch.float32, False), (0, torch.float32, False), (16, torch.float64, False),
+                       (16, torch.bfloat16, False)):
+    x = torch.randn(M, 24).to(dtype).requires_grad_()
+    layer = torch.nn.Linear(24, 40).to(dtype)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for y in (layer(x), torch.addmm(layer.bias, x, layer.weight.t()), x.expand(M, 24) @ layer.weight.t() + layer.bias):
+            y.sum().backward()              # the gradient of a sum is one number, expanded
+    used = any('_linear_pointwise' in event.key for event in profile.key_averages())
+    assert used == ours, (M, dtype)
+    a, w, b = x.detach().double(), layer.weight.detach().double(), layer.bias.detach().double()
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.3}[dtype]
+    assert torch.allclose(y.double(), a @ w.t() + b, atol=tolerance)
+    assert torch.allclose(x.grad.double(), 3 * w.sum(0).expand(M, 24), atol=5 * tolerance)
+    assert torch.allclose(layer.weight.grad.double(), 3 * a.sum(0).expand(40, 24), atol=5 * tolerance)
+    c = torch.randn(40, dtype=dtype)
+    assert torch.allclose(torch.addmm(c, x, layer.weight.t(), beta=0.5, alpha=2.0).double(), 0.5 * c.double() + 2 * (a @ w.t()), atol=3 * tolerance)
+try:
+    torch.ones(8, 16) @ torch.ones(24, 8)
+except RuntimeError as error:
+    print('shapes are still checked')
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stdout == "shapes are still checked\n" and "Warning" not in done.stderr, done.stdout + done.stderr
+
+
 def test_a_sum_over_one_process_is_the_tensor_itself():
     accelerator = distributed.start(cpu=True)
     tensor = torch.tensor([1.0, 2.0])

@@ -16,8 +16,9 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import distributed
 from optim import (make_optimizer, make_schedule, pack_schedule, pack_state, trainable_parameters, unpack_schedule)
-from ppo_core import (LengthSampler, PPOConfig, PPOTrainer, collate, disable_dropout, entropy_from_logits, gae,
-                      logprobs_from_logits, masked_mean, masked_var, masked_whiten, policy_loss, sampling_arguments, take,
+import ppo_core
+from ppo_core import (LengthSampler, LogprobsAndEntropy, PPOConfig, PPOTrainer, collate, disable_dropout, draw, entropy_from_logits,
+                      even_size, fill_by_length, fuse_activations, gae, logprobs_from_logits, masked_mean, masked_var, masked_whiten, policy_loss, sampling_arguments, take,
                       value_loss)
 from reference import create_reference_model, find_layers
 from value_head import AutoModelForCausalLMWithValueHead
@@ -204,8 +205,112 @@ def test_take_trims_to_the_longest_of_its_rows_and_keeps_their_tokens():
     queries, responses, _ = ragged()
     batch = collate(queries, responses, None, 1)
     rows = take(batch, torch.tensor([0, 2]))
-    assert rows["input_ids"].shape == (2, 6) and rows["mask"].shape == (2, 3)
-    assert rows["input_ids"][1].tolist() == torch.cat([queries[2], responses[2]]).tolist()
+    # the last token scores nothing; 5 are left, and 8 is the next even size
+    assert rows["input_ids"].shape == rows["attention_mask"].shape == (2, 8) and rows["mask"].shape == (2, 3)
+    assert rows["input_ids"][1, :5].tolist() == torch.cat([queries[2], responses[2]])[:-1].tolist()
+    assert rows["attention_mask"].tolist() == [[1, 1, 1] + [0] * 5, [1] * 6 + [0] * 2]
+
+
+def test_logprobs_and_entropy_from_one_pass_are_those_of_the_plain_functions_with_their_gradient():
+    logits, labels = torch.randn(7, 11, dtype=torch.float64) * 4, torch.randint(0, 11, (7,))
+    logits[0, 3] += 200.0       # a token that is as good as certain
+    weight = torch.randn(7, dtype=torch.float64)
+    results = []
+    for both in (lambda x: LogprobsAndEntropy.apply(x, labels), lambda x: (logprobs_from_logits(x, labels), entropy_from_logits(x))):
+        x = logits.clone().requires_grad_()
+        logprobs, entropy = both(x)
+        (logprobs * weight).sum().backward()
+        results.append((logprobs.detach(), entropy.detach(), x.grad))
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+def test_logits_in_chunks_give_the_weights_of_all_at_once(family):
+    """A chunk of 8 tokens against all: the same update; and no tensor is made that holds the logits of more tokens than a chunk's."""
+    weights = []
+    for chunk in (None, 8):
+        trainer = make(family, temperature=0.7)
+        trainer.chunk, largest = chunk, []
+        head = trainer.model.pretrained_model.get_output_embeddings()
+        head.register_forward_hook(lambda _, inputs, output: largest.append(output.shape[-2]))
+        trainer.step(*ragged((9, 17, 12, 5)))
+        assert max(largest) <= 8 if chunk else max(largest) > 8
+        weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-6
+
+
+def test_rows_of_like_length_are_put_together_and_none_is_lost():
+    lengths = torch.tensor([40, 8, 44, 9, 10, 41, 7, 43])
+    index = torch.tensor([7, 0, 3, 1, 2, 6, 4, 5])
+    assert [lengths[piece].tolist() for piece in fill_by_length(lengths, index, 4)] == [[7, 8, 9, 10], [40, 41, 43, 44]]
+    assert [lengths[piece].tolist() for piece in fill_by_length(lengths, index, 8)] == [[7, 8, 9, 10, 40, 41, 43, 44]]
+    halved = fill_by_length(lengths, index, 8, saving=0.2)
+    assert [lengths[piece].tolist() for piece in halved] == [[7, 8, 9, 10], [40, 41, 43, 44]]
+    assert sorted(torch.cat(halved).tolist()) == sorted(index.tolist())
+    assert len(fill_by_length(torch.full((8,), 5), torch.arange(8), 8, saving=0.01)) == 1
+    assert [len(piece) for piece in fill_by_length(lengths, index[:5], 2)] == [2, 2, 1]
+
+
+def test_halved_mini_batches_give_the_weights_of_whole_ones(monkeypatch):
+    weights, original = [], ppo_core.fill_by_length
+    for whole in (False, True):
+        pieces = []
+        monkeypatch.setattr(ppo_core, "fill_by_length", lambda lengths, index, size, saving=1.0: pieces.extend(
+            original(lengths, index, size, 1.0 if whole else saving)) or original(lengths, index, size, 1.0 if whole else saving))
+        trainer = make()
+        trainer.step(*ragged((1, 30, 2, 28)))
+        assert {len(piece) for piece in pieces} == ({4} if whole else {4, 2, 1}), "record takes 4 rows, the update 2, 1 and 1"
+        weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-6
+
+
+def test_the_fused_activation_is_gpt2s_own():
+    from transformers.activations import NewGELUActivation
+    module, x = torch.nn.Sequential(NewGELUActivation()), torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    expected, = torch.autograd.grad(module(x).sum(), x)
+    value = module(x)
+    fuse_activations(module)
+    assert type(module[0]) is torch.nn.GELU
+    torch.testing.assert_close(module(x), value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(module(x).sum(), x)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_draw_follows_the_distribution_to_its_rarest_token():
+    """Pearson's chi-square over 200,000 draws: 31 degrees of freedom, 61 is passed once in 1,000 times by an exact sampler."""
+    p = torch.softmax(torch.randn(32) * 2, -1)
+    p[5] = 0.0
+    drawn = torch.cat([draw(p.expand(1000, -1)) for _ in range(200)])
+    count, expected = torch.bincount(drawn, minlength=32).double(), p.double() / p.double().sum() * len(drawn)
+    assert count[5] == 0
+    rest = expected > 0
+    assert float(((count - expected).square() / expected)[rest].sum()) < 61
+    rare = torch.full((1, 100_000), 1e-9)
+    rare[0, 7] = 1.0            # in float32 the sum would stand still from the first of them on
+    assert abs(float(torch.cat([draw(rare.expand(200, -1)) for _ in range(50)]).ne(7).double().mean()) - 1e-4) < 4e-4
+
+
+def test_sampling_drops_rows_that_have_ended_and_changes_no_token_of_the_others():
+    """Greedily, where both can be compared: transformers' `generate`, and `sample` with the most likely token in place of a drawn one."""
+    trainer = make()
+    queries = [torch.randint(5, 90, (n,), generator=torch.Generator().manual_seed(n)) for n in (2, 6, 3, 9, 4, 5, 7, 8, 2, 3, 6, 11)]
+    stop = [token for token in range(90) if token % 4 == 0]
+    arguments = dict(batch_size=12, return_prompt=False, max_new_tokens=12, eos_token_id=stop)
+    expected = trainer.generate(queries, do_sample=False, allow_other_distribution=True, **arguments)
+    widths, forward = [], trainer.model.forward
+    trainer.model.forward = lambda **kwargs: widths.append(len(kwargs["input_ids"])) or forward(**kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo_core, "draw", lambda p: p.argmax(-1))
+        responses = trainer.generate(queries, **arguments)
+    assert [r.tolist() for r in responses] == [r.tolist() for r in expected]
+    assert len({len(r) for r in responses}) > 2 and widths[0] == 12 and widths[-1] == 8 < widths[0]
+
+
+def test_even_sizes_are_few_and_waste_little():
+    sizes = [even_size(n) for n in range(1, 5000)]
+    assert all(n <= size <= max(n + 7, n * 1.126) and size % 8 == 0 for n, size in enumerate(sizes, 1))
+    assert len(set(sizes)) < 70 and even_size(128) == 128 and even_size(129) == 144
+    assert [even_size(size) for size in sizes] == sizes
 
 
 def test_length_sampler_draws_from_its_range_and_refuses_an_empty_one():
@@ -244,26 +349,28 @@ def test_before_any_update_the_ratio_is_1_and_the_kl_is_0(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
-def test_recomputed_logprobs_are_the_samplers_own(family, temperature):
-    """The sampler's processed scores, left-padded batch, against the right-padded recomputation."""
+@pytest.mark.parametrize("sampler", ["sample", "generate"])
+def test_recomputed_logprobs_are_the_samplers_own(family, temperature, sampler, monkeypatch):
+    """The sampler's own probabilities, left-padded batch, against the right-padded recomputation."""
     trainer = make(family, temperature=temperature)
     # what many checkpoints ship, and what must not leak into the sampler
     trainer.model.pretrained_model.generation_config.update(top_k=5, top_p=0.5, repetition_penalty=1.3, temperature=0.1,
                                                             suppress_tokens=list(range(10, 90)), min_new_tokens=6)
     queries, _, _ = ragged()
-    seen = {}
-    original = type(trainer.model).generate
+    seen = []
+    if sampler == "generate":
+        original = type(trainer.model).generate
 
-    def spy(model, **kwargs):
-        output = original(model, **kwargs, output_scores=True, return_dict_in_generate=True)
-        seen["scores"] = torch.stack(output.scores, 1)
-        return output.sequences
-    type(trainer.model).generate = spy
-    try:
-        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
-    finally:
-        type(trainer.model).generate = original
-    sampler = seen["scores"].log_softmax(-1)
+        def spy(model, **kwargs):
+            output = original(model, **kwargs, output_scores=True, return_dict_in_generate=True)
+            seen.extend(score.log_softmax(-1) for score in output.scores)
+            return output.sequences
+        monkeypatch.setattr(type(trainer.model), "generate", spy)
+        monkeypatch.setattr(ppo_core, "roomy_cache", lambda *_: None)
+    else:
+        monkeypatch.setattr(ppo_core, "draw", lambda p: (seen.append(p.log()), draw(p))[1])
+    responses = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
+    sampler = torch.stack(seen, 1)
     assert any(int(token) >= 10 for response in responses for token in response), "the shipped settings leaked in"
     logprobs, _, _, _ = trainer.record(collate(queries, responses, None, 1))
     for i, response in enumerate(responses):

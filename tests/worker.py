@@ -148,9 +148,9 @@ def infinite_loss(settings):
     before, forward = weights_of(trainer), trainer.forward
     bad = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
 
-    def overflow(model, rows):
-        logprobs, values, logits = forward(model, rows)
-        return logprobs, values * (float("inf") if bad and torch.is_grad_enabled() else 1.0), logits
+    def overflow(model, rows, **kwargs):
+        logprobs, values, rest = forward(model, rows, **kwargs)
+        return logprobs, values * (float("inf") if bad and torch.is_grad_enabled() else 1.0), rest
     trainer.forward = overflow
     stats = step(trainer)
     after = weights_of(trainer)
