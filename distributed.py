@@ -389,6 +389,11 @@ def peak_memory(device):
     return getattr(torch, device.type).max_memory_allocated()
 
 
+def largest_peak_memory(accelerator):
+    """`peak_memory` of the process that needed most. All must call."""
+    return max(gather_lists(accelerator, [peak_memory(accelerator.device)]))
+
+
 # --------------------------------------------------------------------------------------------------- checkpoints
 
 MANIFEST = "manifest.json"

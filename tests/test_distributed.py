@@ -64,6 +64,7 @@ def jobs(processes, folder, way):
         sharded = {"env": {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}}      # what `zero3_init_flag: true` becomes
         todo += [{"name": "layers", "do": "write", "gather": False, "settings": {**PLAIN, "batch_size": size}},
                  {"name": "loaded", "do": "train", "steps": 1, "lengths": EMPTY, "settings": {**PLAIN, "batch_size": size}, **sharded}]
+    todo += [{"name": "memory", "do": "memory"}]
     return todo + [{"name": "reward", "do": "reward_model", "settings": {**PLAIN, "batch_size": size}}]
 
 
@@ -244,6 +245,12 @@ def test_a_seed_reproduces_a_run_in_which_each_rank_samples_its_own(runs, way):
     assert runs(way, "write")[0][0]["sampled"] != runs(way, "write")[1][0]["sampled"]      # of the same prompts
 
 
+@every_way
+def test_the_memory_that_is_said_is_that_of_the_process_that_needed_most(runs, way):
+    (first, _), (second, _) = runs(way, "memory")
+    assert first["own"] < second["own"] <= first["largest"] == second["largest"]
+
+
 # --------------------------------------------------------------------------------------------- loading and saving
 
 
@@ -316,21 +323,66 @@ def cell(ranks, expected):
 # ------------------------------------------------------------------------------------------------------- failures
 
 
-def test_an_exception_on_one_rank_stops_all_at_once_and_says_where(tmp_path):
-    (tmp_path / "reward.py").write_text(
-        "import os\ncalls = []\n"
-        "def score(prompts, responses):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
-        "        raise KeyError('no such review')\n"
-        "    return [0.0] * len(responses)\n")
-    started = time.time()
-    code, output = execute([*launcher("multi_cpu", "--main_process_port", "0"), ROOT / "scripts" / "train.py", "--steps", "2",
-                            "--batch_size", "4", "--max_new_tokens", "4", "--eval_prompts", "4", "--output_dir", tmp_path / "run",
-                            "--reward_fn", f"{tmp_path / 'reward.py'}:score"], seconds=100)
-    assert code != 0 and time.time() - started < 60
-    assert "rank 1 of 2 stops in step 1, (b) score: ValueError: the reward function raised KeyError: 'no such review'" in output
-    assert not re.search(r"rank 0 of 2 stops in step 1, \(b\)", output)
+def faulty_reward(folder, fault):
+    """A reward function that first runs `at_each_call`, defined by `fault`: it knows its `rank` and the number of `calls`, and may `fail`."""
+    (folder / "reward.py").write_text(
+        "import os, time\nfrom pathlib import Path\ncalls, here, rank = [], Path(__file__).parent, os.environ.get('RANK')\n"
+        "def fail():\n    (here / 'failed').write_text(str(time.time()))\n    raise KeyError('no such review')\n"
+        "def score(prompts, responses):\n    calls.append(1)\n    at_each_call()\n    return [0.0] * len(responses)\n"
+        + fault)
+    return f"{folder / 'reward.py'}:score"
+
+
+def fails(way, folder, fault):
+    """Three steps of scripts/train.py by two processes, of which one fails. -> (what both printed, seconds from the fault to the end)"""
+    code, output = execute([*launcher(way, "--main_process_port", "0"), ROOT / "scripts" / "train.py", "--steps", "3", "--batch_size", "4",
+                            "--max_new_tokens", "4", "--eval_prompts", "4", "--save_every", "1", "--output_dir", folder / "run",
+                            "--reward_fn", faulty_reward(folder, fault)], seconds=150)
+    assert code != 0, output[-3000:]
+    return output, time.time() - float((folder / "failed").read_text())
+
+
+def goes_on(folder, way=None):
+    """The reward is mended and the run resumed: by one process, or as it was started, which ZeRO needs."""
+    faulty_reward(folder, "def at_each_call(): pass\n")
+    command = [sys.executable] if way is None else launcher(way, "--main_process_port", "0")
+    code, output = execute([*command, ROOT / "scripts" / "train.py", "--resume", folder / "run"], seconds=150)
+    assert code == 0 and (folder / "run" / "summary.json").is_file(), output[-3000:]
+    return output
+
+
+@pytest.mark.parametrize("way", ["multi_cpu", pytest.param("deepspeed_zero3", marks=long)])
+def test_an_exception_on_one_rank_stops_all_at_once_says_where_and_keeps_the_last_checkpoint(way, tmp_path):
+    # the first call scores the held-out prompts, the third is in the second step
+    output, seconds = fails(way, tmp_path, "def at_each_call():\n    if rank == '1' and len(calls) == 3:\n        fail()\n")
+    assert seconds < 15
+    assert "rank 1 of 2 stops in step 2, (b) score: ValueError: the reward function raised KeyError: 'no such review'" in output
+    assert not re.search(r"rank 0 of 2 stops in step 2, \(b\)", output)
+    run = tmp_path / "run"
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-000001"]
+    assert distributed.damage(run / "checkpoints" / "step-000001") is None
+    kept = (run / "metrics.jsonl").read_text()
+    assert len(kept.splitlines()) == 1 and not (run / "final").exists()
+    assert "resuming after step 1" in goes_on(tmp_path, None if way == "multi_cpu" else way)
+    assert (run / "metrics.jsonl").read_text().startswith(kept) and len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_exception_on_one_rank_during_set_up_stops_all_and_says_where(tmp_path):
+    output, seconds = fails("multi_cpu", tmp_path, "if rank == '1':\n    fail()\n")
+    assert seconds < 15
+    assert "rank 1 of 2 stops in set-up of the reward: ValueError: " in output and "reward.py cannot be loaded: KeyError" in output
+
+
+@long
+def test_an_exception_while_the_model_is_saved_leaves_a_run_that_can_be_resumed(tmp_path):
+    """The main process cannot write config.json, as there is a folder of that name; the other has only to be stopped."""
+    block = ("def at_each_call():\n    if rank == '0' and len(calls) == 5:\n        (here / 'run' / 'final' / 'config.json').mkdir(parents=True)\n"
+             "        (here / 'failed').write_text(str(time.time()))\n")
+    output, seconds = fails("deepspeed_zero2", tmp_path, block)
+    assert seconds < 15
+    assert "rank 0 of 2 stops in final/: IsADirectoryError: " in output and not (tmp_path / "run" / "summary.json").exists()
+    (tmp_path / "run" / "final" / "config.json").rmdir()
+    assert "resuming after step 3" in goes_on(tmp_path, "deepspeed_zero2")
 
 
 def test_two_launchers_make_one_run_of_two_machines(runs, tmp_path):

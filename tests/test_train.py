@@ -343,6 +343,11 @@ def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(
         assert [{**row, "ppo/grad_norm": 0} for row in rows] == [{**row, "ppo/grad_norm": 0} for row in expected]
 
 
+def test_a_finished_run_of_two_processes_says_so_once(two_processes):
+    done = subprocess.run(launch("multi_cpu", "--resume", str(two_processes)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("is finished after 6 steps; there is nothing left to do") == 1, done.stderr[-3000:]
+
+
 def test_a_run_of_two_processes_resumes_on_one(two_processes, tmp_path, capsys):
     unfinished(two_processes, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")

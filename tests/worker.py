@@ -219,7 +219,15 @@ def refuse(settings):
     return {"message": message, "score": step(trainer)["ppo/mean_scores"]}, {}
 
 
-JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, refuse, reward_model, conflict)}
+def memory():
+    """The last rank, and it alone, takes half as much again as its highest point so far. -> what it then has, and what all say."""
+    accelerator = distributed.start(cpu=True)
+    if accelerator.process_index == accelerator.num_processes - 1:
+        torch.ones(distributed.peak_memory(accelerator.device) // 8)        # float32
+    return {"own": distributed.peak_memory(accelerator.device), "largest": distributed.largest_peak_memory(accelerator)}, {}
+
+
+JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, refuse, reward_model, conflict, memory)}
 
 
 def main(out, jobs):
