@@ -235,6 +235,11 @@ def prepare_reference(accelerator, model, movable=True):
     if not movable:
         return model
     if zero_stage(accelerator) < 3:
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        if half is not None and accelerator.state.deepspeed_plugin is not None:
+            # DeepSpeed casts the policy where autocast would leave it; a reference left as it was would differ from it at the first step.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(half)
         return model.to(accelerator.device)
     import copy
 

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -304,11 +305,11 @@ def test_resuming_with_another_setting_or_from_no_run_is_refused(undisturbed, tm
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
 
 
-def launch(way, *arguments):
-    """-> command line for 2 processes, as the Makefile has it."""
+def launch(way, *arguments, processes=2):
+    """-> command line, as the Makefile has it."""
     return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
-            str(ROOT / "scripts" / "accelerate_configs" / f"{way}.yaml"), "--num_processes", "2", "--main_process_port", "0",
-            str(ROOT / "scripts" / "train.py"), *arguments]
+            str(ROOT / "scripts" / "accelerate_configs" / f"{way}.yaml"), "--num_processes", str(processes),
+            "--main_process_port", "0", str(ROOT / "scripts" / "train.py"), *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +321,8 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("way", ["multi_cpu", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
+@pytest.mark.parametrize("way", ["multi_cpu", *(pytest.param(way, marks=pytest.mark.long) for way in (
+    "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"))])
 def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(way, two_processes, tmp_path):
     """And ZeRO's run is the plain one's, to the last bit of every weight."""
     folder = tmp_path / "run"
@@ -332,6 +334,10 @@ def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(
                 one.kill()
     process.wait(60)
     assert not (folder / "final").exists()
+    if way == "deepspeed_zero2":
+        alone = subprocess.run(launch(way, "--resume", str(folder), processes=1), capture_output=True, text=True, timeout=300)
+        assert alone.returncode != 0 and re.search(r"error: \S+step-000004 was saved by 2 processes with ZeRO-2 \(0 = without\) and this run has "
+                                                   r"1 with ZeRO-2; launch it as it was saved, or start a new run from \S+model\n", alone.stderr)
     done = subprocess.run(launch(way, "--resume", str(folder)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]
     for name in ("final/model.safetensors", "samples.md"):
