@@ -189,6 +189,17 @@ def phase(accelerator, name):
         raise
 
 
+def end(accelerator):
+    """Close the trackers and the group of processes. All must call, last.
+
+    gloo's threads let go of a sum's tensors a moment after the sum is known, and need Python's lock for it. Ending the group waits for
+    these threads and holds that lock: for ever, if one of them is late. So all wait until there is nothing left to let go of.
+    """
+    accelerator.wait_for_everyone()
+    time.sleep(0.1)
+    accelerator.end_training()
+
+
 # -------------------------------------------------------------------------------------------------------- models
 
 

@@ -111,7 +111,7 @@ def main(arguments=None):
     run = RunFolder(config, accelerator)
     if run.finished():
         run.say(f"{config.resume} is finished after {config.steps} steps; there is nothing left to do")
-        accelerator.end_training()
+        distributed.end(accelerator)
         return
     accelerator.project_configuration.logging_dir = str(run.folder)
     distributed.seed_everything(config.seed)
@@ -159,7 +159,7 @@ def main(arguments=None):
     with distributed.phase(accelerator, "final/"):
         trainer.save_pretrained(run.folder / "final")
         peak = distributed.largest_peak_memory(accelerator)
-        accelerator.end_training()
+        distributed.end(accelerator)
         run.finish(before, after, optim.state_bytes(trainer.optimizer), peak)
 
 

@@ -113,7 +113,8 @@ def end(process):
 
 def launcher(way, *flags, config=None):
     """config: the file that says how, if it is not the one in scripts/accelerate_configs."""
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config or CONFIGS / f"{way}.yaml", "--num_processes", "2", *flags]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config or CONFIGS / f"{way}.yaml",
+            "--num_processes", "2", *flags]
 
 
 class Runs:
@@ -484,6 +485,47 @@ def test_two_launchers_make_one_run_of_two_machines(runs, tmp_path):
             end(other)
     assert distance(load_file(tmp_path / "node-sgd-0.safetensors"), runs("one", "sgd")[0][1]) < 1e-5
     assert (tmp_path / "node-sgd-0.json").read_text() == (tmp_path / "node-sgd-1.json").read_text()
+
+
+@long
+@pytest.mark.parametrize("way, processes", [("single_gpu", 1), ("multi_gpu", 2)])
+def test_the_files_for_gpus_start_the_same_run_where_there_is_none(runs, way, processes, tmp_path):
+    job = json.dumps([{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": 8 // processes}}])
+    command = launcher(way, "--num_processes", str(processes), "--main_process_port", "0")
+    code, output = execute([*command, HERE / "worker.py", tmp_path / way, job], seconds=100)
+    assert code == 0, output[-3000:]
+    assert len(list(tmp_path.glob("*.json"))) == processes
+    assert distance(load_file(tmp_path / f"{way}-sgd-0.safetensors"), runs("one", "sgd")[0][1]) < 1e-5
+
+
+GROUPS = """
+import os, sys, torch, distributed
+from accelerate.state import AcceleratorState
+for port in sys.argv[1:]:
+    os.environ["MASTER_PORT"] = port
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = distributed.start(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(4, 4))
+    distributed.largest_peak_memory(accelerator)
+    distributed.end(accelerator)
+    del model
+"""
+
+
+def test_a_group_of_processes_ends_though_something_was_summed_a_moment_before(tmp_path):
+    """Six groups, one after the other: ended at once, the second or third would wait for ever."""
+    ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+    numbers = [str(server.getsockname()[1]) for server in ports]
+    for server in ports:
+        server.close()
+    machine = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    ranks = [subprocess.Popen([sys.executable, "-c", GROUPS, *numbers], env={**machine, "RANK": rank, "LOCAL_RANK": rank}, cwd=tmp_path)
+             for rank in "01"]
+    try:
+        assert [process.wait(timeout=60) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 @pytest.mark.parametrize("target", ["train-multi-gpu", "train-zero1", "train-zero2", "train-zero3", "train-multi-node"])

@@ -415,8 +415,9 @@ def test_a_trunk_with_parameters_that_may_feed_the_blocks_is_not_reused():
         assert bool(SharedTrunk(policy, reference).blocks) == (not late_input)
 
 
-@pytest.mark.parametrize("family, own", [(Gemma3nTextConfig, {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6}),
-                                         (Gemma4TextConfig, {"global_head_dim": 8})], ids=["gemma3n", "gemma4"])
+@pytest.mark.parametrize("family, own", [
+    (Gemma3nTextConfig, {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6}),
+    (Gemma4TextConfig, {"global_head_dim": 8})], ids=["gemma3n", "gemma4"])
 @pytest.mark.parametrize("count", [4, None])
 def test_blocks_that_read_keys_and_values_of_shared_ones_find_them(family, own, count):
     """Blocks 4 and 5 have none of their own: they read those of 2 and 3. Were 2 and 3 skipped, there would be nothing to read."""

@@ -336,8 +336,9 @@ def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(
     assert not (folder / "final").exists()
     if way == "deepspeed_zero2":
         alone = subprocess.run(launch(way, "--resume", str(folder), processes=1), capture_output=True, text=True, timeout=300)
-        assert alone.returncode != 0 and re.search(r"error: \S+step-000004 was saved by 2 processes with ZeRO-2 \(0 = without\) and this run has "
-                                                   r"1 with ZeRO-2; launch it as it was saved, or start a new run from \S+model\n", alone.stderr)
+        sentence = (r"error: \S+step-000004 was saved by 2 processes with ZeRO-2 \(0 = without\) and this run has 1 with ZeRO-2; "
+                    r"launch it as it was saved, or start a new run from \S+model\n")
+        assert alone.returncode != 0 and re.search(sentence, alone.stderr), alone.stderr[-3000:]
     done = subprocess.run(launch(way, "--resume", str(folder)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]
     for name in ("final/model.safetensors", "samples.md"):

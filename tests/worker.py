@@ -290,6 +290,7 @@ def main(out, jobs):
         os.environ.update(outside)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        time.sleep(0.1)         # as distributed.end, which says why
         torch.distributed.destroy_process_group()
 
 
