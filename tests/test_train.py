@@ -364,6 +364,16 @@ def test_a_run_of_two_processes_resumes_on_one(two_processes, tmp_path, capsys):
     assert rows[:4] == numbers(two_processes)[:4] and [len(row["objective/kl_dist"]) for row in rows] == [16, 16, 16, 16, 8, 8]
 
 
+@pytest.mark.long
+def test_a_run_of_one_process_resumes_on_two(undisturbed, tmp_path):
+    unfinished(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    done = subprocess.run(launch("multi_cpu", "--resume", str(tmp_path / "run")), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]
+    rows = numbers(tmp_path / "run")
+    assert rows[:4] == numbers(undisturbed)[:4] and [len(row["objective/kl_dist"]) for row in rows] == [8, 8, 8, 8, 16, 16]
+
+
 @pytest.mark.parametrize("flags, words", [(["--keep_last", "1"], "keep_last is 1; use at least 0 and at least 2"),
                                           (["--save_every", "-1"], "save_every is -1")])
 def test_fewer_than_two_checkpoints_are_refused(flags, words, tmp_path):
