@@ -241,6 +241,17 @@ def phase(accelerator, name):
         raise
 
 
+def end(accelerator):
+    """Close the trackers and the group of processes. All must call, last.
+
+    gloo's threads let go of a sum's tensors a moment after the sum is known, and need Python's lock for it. Ending the group waits for
+    these threads and holds that lock: for ever, if one of them is late. So all wait until there is nothing left to let go of.
+    """
+    accelerator.wait_for_everyone()
+    time.sleep(0.1)
+    accelerator.end_training()
+
+
 # -------------------------------------------------------------------------------------------------------- models
 
 
@@ -287,6 +298,11 @@ def prepare_reference(accelerator, model, movable=True):
     if not movable:
         return model
     if zero_stage(accelerator) < 3:
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        if half is not None and accelerator.state.deepspeed_plugin is not None:
+            # DeepSpeed casts the policy where autocast would leave it; a reference left as it was would differ from it at the first step.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(half)
         return model.to(accelerator.device)
     import copy
 
@@ -444,6 +460,11 @@ def peak_memory(device):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak        # Linux counts in KiB
     return getattr(torch, device.type).max_memory_allocated()
+
+
+def largest_peak_memory(accelerator):
+    """`peak_memory` of the process that needed most. All must call."""
+    return max(gather_lists(accelerator, [peak_memory(accelerator.device)]))
 
 
 # --------------------------------------------------------------------------------------------------- checkpoints

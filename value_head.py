@@ -149,7 +149,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                                            past_key_values=past_key_values, **kwargs)
         finally:
             handle.remove()
-        values = self.v_head(seen[0]).squeeze(-1)                                                   # (B, T) or (B, R)
+        values = self.v_head(seen[0]).squeeze(-1).float()                                           # (B, T) or (B, R)
         result = (output.logits.float(), output.loss, values)
         return result + (output.past_key_values,) if return_past_key_values else result
 

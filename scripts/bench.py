@@ -7,8 +7,8 @@
 
 features: each row is scripts/train.py with a few flags, in a process of its own with one thread, so that a row's seconds are its
 own and a busy second core disturbs them little. Two rows run side by side. The table and the runs are left in runs/features/.
-stages: the same responses per step on 1 and on 2 processes, one thread each; memory is the main process's. On one machine without a
-GPU this shows what each way costs and holds, not how it scales.
+stages: the same responses per step on 1 and on 2 processes, one thread each; memory is that of the process that needed most. On one
+machine without a GPU this shows what each way costs and holds, not how it scales.
 sharing: step() of a random model of SmolLM2-135M's shape; the ways take turns, and the median of the rounds counts.
 """
 import argparse

@@ -104,53 +104,63 @@ class RunConfig(PPOConfig):
 def main(arguments=None):
     # ------------------------------------------------------------------------------------------------ config
     config = parse(arguments)
-    if config.resume is not None and (Path(config.resume) / "summary.json").is_file():
-        print(f"{config.resume} is finished after {config.steps} steps; there is nothing left to do")
-        return
     transformers.utils.logging.disable_progress_bar()      # its bars for loading and saving would cut through ours
 
     # ----------------------------------------------------------------------------------------------- machine
     accelerator = distributed.start(log_with=config.log_with, project_dir="runs", cpu=config.cpu)
     run = RunFolder(config, accelerator)
+    if run.finished():
+        run.say(f"{config.resume} is finished after {config.steps} steps; there is nothing left to do")
+        distributed.end(accelerator)
+        return
     accelerator.project_configuration.logging_dir = str(run.folder)
     distributed.seed_everything(config.seed)
 
     # ------------------------------------------------------------------------------------------------ models
-    model_path = find(config.model_name)
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(model_path, v_head_init_strategy="zero")
-    tokenizer = load_tokenizer(model_path)
-    ref_model = make_reference(config, accelerator, model, model_path)
+    # `phase` says where and on which process a run of several stopped, should it stop.
+    with distributed.phase(accelerator, "set-up of the models"):
+        model_path = find(config.model_name)
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(model_path, v_head_init_strategy="zero")
+        tokenizer = load_tokenizer(model_path)
+        ref_model = make_reference(config, accelerator, model, model_path)
 
     # --------------------------------------------------------------------------------------------- optimizer
-    optimizer = optim.make_optimizer(config.optimizer, optim.trainable_parameters(model), config.learning_rate,
-                                     ADAM_LEARNING_RATE)
-    lr_scheduler = optim.make_schedule(config.lr_scheduler, optimizer, config.steps, config.warmup_steps)
+    with distributed.phase(accelerator, "set-up of the optimizer"):
+        optimizer = optim.make_optimizer(config.optimizer, optim.trainable_parameters(model), config.learning_rate,
+                                         ADAM_LEARNING_RATE)
+        lr_scheduler = optim.make_schedule(config.lr_scheduler, optimizer, config.steps, config.warmup_steps)
 
     # ------------------------------------------------------------------------------------------------ reward
-    with distributed.zero3_init_disabled(accelerator):      # it is not trained, so ZeRO-3 must not shard it
+    # It is not trained, so ZeRO-3 must not shard it.
+    with distributed.phase(accelerator, "set-up of the reward"), distributed.zero3_init_disabled(accelerator):
         reward = (rewards.load_reward_fn(config.reward_fn) if config.reward_fn is not None
                   else rewards.load_reward_model(find(config.reward_model), accelerator.device))
 
     # ----------------------------------------------------------------------------------------------- prompts
-    train_prompts, eval_prompts = load_prompts(config, tokenizer, accelerator.num_processes, model.config)
+    with distributed.phase(accelerator, "set-up of the prompts"):
+        train_prompts, eval_prompts = load_prompts(config, tokenizer, accelerator.num_processes, model.config)
 
     # -------------------------------------------------------------------------------------------------- loop
     run.say(plan(config, accelerator, model, ref_model))
-    trainer = PPOTrainer(config, model, ref_model, tokenizer, optimizer=optimizer, lr_scheduler=lr_scheduler,
-                         accelerator=accelerator)
+    with distributed.phase(accelerator, "set-up of the trainer"):
+        trainer = PPOTrainer(config, model, ref_model, tokenizer, optimizer=optimizer, lr_scheduler=lr_scheduler,
+                             accelerator=accelerator)
     before = run.remember_before(lambda: evaluate(trainer, reward, eval_prompts))
     run.say(f"before: {before}")
     # From here on each rank draws its own numbers: it must sample other responses than its neighbour.
     distributed.seed_everything(config.seed, rank=accelerator.process_index)
-
-    for step in range(run.restore(trainer) + 1, config.steps + 1):
+    with distributed.phase(accelerator, "resuming"):
+        done = run.restore(trainer)
+    for step in range(done + 1, config.steps + 1):
         one_step(trainer, reward, train_prompts, step, run)
 
     # ---------------------------------------------------------------------------------------- before / after
     after = evaluate(trainer, reward, eval_prompts)
-    trainer.save_pretrained(run.folder / "final")
-    accelerator.end_training()
-    run.finish(before, after, optim.state_bytes(trainer.optimizer))
+    with distributed.phase(accelerator, "final/"):
+        trainer.save_pretrained(run.folder / "final")
+        peak = distributed.largest_peak_memory(accelerator)
+        distributed.end(accelerator)
+        run.finish(before, after, optim.state_bytes(trainer.optimizer), peak)
 
 
 def one_step(trainer, reward, train_prompts, step, run):
@@ -158,7 +168,6 @@ def one_step(trainer, reward, train_prompts, step, run):
     config, accelerator, tokenizer = trainer.config, trainer.accelerator, trainer.tokenizer
     started, prompts = time.perf_counter(), prompts_of_step(train_prompts, step, config, accelerator)
     queries, texts = [prompt["tokens"] for prompt in prompts], [prompt["text"] for prompt in prompts]
-    # `phase` says where and on which process a run of several stopped, should it stop.
     # (a) rollout: sample a response to each prompt
     with distributed.phase(accelerator, f"step {step}, (a) rollout"):
         responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
@@ -336,7 +345,7 @@ class RunFolder:
 
     def __init__(self, config, accelerator):
         self.main, self.started, self.steps = accelerator.is_main_process, time.perf_counter(), config.steps
-        self.seconds, self.timed, self.device = 0.0, 0, accelerator.device      # seconds spent in that many steps
+        self.seconds, self.timed = 0.0, 0       # seconds spent in that many steps
         self.save_every, self.keep_last, self.resumed = config.save_every, config.keep_last, config.resume is not None
         made = self.make(config) if self.main else None
         # Every process must see the same folder, and stop with the main one if there is none.
@@ -366,6 +375,9 @@ class RunFolder:
         except OSError as error:
             return None, f"cannot write to the run folder {folder}: {error.strerror}; choose another --output_dir"
         return str(folder), None
+
+    def finished(self):
+        return self.resumed and (self.folder / "summary.json").is_file()
 
     def say(self, text):
         if self.main:
@@ -445,7 +457,7 @@ class RunFolder:
             self.say(f"passing over {folder}: {problem}; kept as {aside.name}")
         return None
 
-    def finish(self, before, after, state_bytes):
+    def finish(self, before, after, state_bytes, peak):
         if not self.main:
             return
         self.metrics.close()
@@ -455,7 +467,7 @@ class RunFolder:
         sides = {f"{name} {side}": getattr(evaluation, name) for side, evaluation in (("before", before), ("after", after))
                  for name in ("score", "distinct_bigrams")}
         summary = {**sides, "kl": rows[-1]["objective/kl"], "steps": self.steps, "seconds": time.perf_counter() - self.started,
-                   "seconds in steps": self.seconds, "peak memory bytes": distributed.peak_memory(self.device),
+                   "seconds in steps": self.seconds, "peak memory bytes": peak,
                    "optimizer state bytes": state_bytes}
         replace_file(self.folder / "summary.json", json.dumps(summary, indent=1))      # last and whole: it says that the run is finished
         self.say(f"before: {before}\nafter:  {after}, KL {summary['kl']:.2f} nats\n{summary['seconds']:.0f} s, peak memory "

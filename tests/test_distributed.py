@@ -4,6 +4,7 @@ Each way of running is started once, with scripts/accelerate_configs/<way>.yaml,
 look at what it left. A start that hangs is killed and fails.
 """
 import json
+import math
 import os
 import re
 import socket
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 import distributed
+from test_ppo_core import tiny
 from value_head import AutoModelForCausalLMWithValueHead
 
 HERE = Path(__file__).parent
@@ -30,41 +32,58 @@ EMPTY = (1, 7, 3, 5, 0, 0, 0, 0)        # the second rank has no response token 
 STAGES = ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"]
 long = pytest.mark.long         # whatever starts DeepSpeed, see conftest.py
 WAYS = ["multi_cpu", *(pytest.param(way, marks=long) for way in STAGES)]
+OFFLOAD = ["deepspeed_zero2_offload", "deepspeed_zero3_offload"]       # the first is ZeRO-2's file with one more line, see launcher
 OPTIMIZERS = ["sgd", "adam", "adam8bit", "lion"]
+BF16 = {"env": {"ACCELERATE_MIXED_PRECISION": "bf16"}}                  # what `mixed_precision: bf16` becomes
+# From the second optimizer step on, by how many nats each log-prob has grown for the second rank alone. It has 15 of the 31 tokens, so
+# the mean ratio is about 20 or 7 (10 is allowed), and the mean KL 1.9 or 1 (1.5 is allowed): one time all do what the first rank by
+# itself would not, one time they do not do what the second would.
+EARLY = {"early_stopping": True, "target_kl": 1.0, "ppo_epochs": 4}
+DISAGREE = {"all_skip": (math.log(40), {}), "none_skips": (math.log(12), {}), "all_stop": (-4.0, EARLY), "none_stops": (-2.0, EARLY)}
 every_way, every_stage = pytest.mark.parametrize("way", WAYS), pytest.mark.parametrize("way", WAYS[1:])
+every_way_and_offload = pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=long) for way in OFFLOAD)])
 
 
 def jobs(processes, folder, way):
     """What each way does. Sizes are per process, so that all train on the same 8 responses."""
     size = 8 // processes
     pieces = {"batch_size": size, "mini_batch_size": 2, "gradient_accumulation_steps": size // 2}
-    todo = [{"name": name, "do": "train", "optimizer": name, "steps": 1, "settings": {**PLAIN, "batch_size": size}}
-            for name in OPTIMIZERS[2:]]
+    todo = [{"name": name, "do": "train", "optimizer": name, "settings": {**PLAIN, "batch_size": size}} for name in OPTIMIZERS[2:]]
     todo += [{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": size}, "write_first": True,
               "save": str(folder / f"{way}-final")},
              {"name": "adam", "do": "train", "optimizer": "adam", "settings": {**FULL, "batch_size": size}}]
     if way == "one":
-        todo += [{"name": "unskipped", "do": "train", "optimizer": "adam", "steps": 1, "settings": {**PLAIN, **pieces}}]
-    if way == "deepspeed_zero3_offload":
-        return todo
+        todo += [{"name": "plain", "do": "train", "settings": {**PLAIN, "batch_size": size}},
+                 {"name": "unskipped", "do": "train", "optimizer": "adam", "steps": 1, "settings": {**PLAIN, **pieces}}]
     todo += [{"name": "accumulated", "do": "train", "settings": {**FULL, **pieces}},
+             {"name": "skip", "do": "skip", "settings": {**PLAIN, **pieces}},
+             {"name": "checkpointed", "do": "train", "settings": {**FULL, "batch_size": size, "gradient_checkpointing": True}},
+             {"name": "eight_bits", "do": "eight_bits", "settings": {**PLAIN, "batch_size": size}},
+             {"name": "bf16", "do": "train", "settings": {**PLAIN, "batch_size": size}, **BF16},
+             {"name": "bf16_checkpointed", "do": "train", "settings": {**PLAIN, "batch_size": size, "gradient_checkpointing": True}, **BF16}]
+    if way in OFFLOAD:
+        return todo
+    todo += [{"name": name, "do": "disagree", "shift": shift, "settings": {**PLAIN, "batch_size": size, **more}}
+             for name, (shift, more) in DISAGREE.items()] if processes == 2 else []
+    todo += [{"name": "one_epoch", "do": "train", "steps": 1, "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
              {"name": "empty", "do": "train", "steps": 1, "lengths": EMPTY, "settings": {**PLAIN, "batch_size": size}},
              # the second rank alone would never stop: it has no token that could have moved
              {"name": "early", "do": "train", "steps": 1, "lengths": EMPTY, "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 4,
                                                                       "early_stopping": True, "target_kl": 1e-3}},
              {"name": "shared", "do": "train", "steps": 1, "shared": 2, "settings": {**PLAIN, "batch_size": size}},
-             {"name": "skip", "do": "skip", "settings": {**PLAIN, **pieces}},
              {"name": "infinite", "do": "infinite_loss", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
              {"name": "refuse", "do": "refuse", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
              {"name": "write", "do": "write", "settings": {**PLAIN, "batch_size": size}},
              {"name": "conflict", "do": "conflict", "settings": {**PLAIN, "batch_size": size, "max_grad_norm": 0.5}},
              {"name": "run", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}},
              {"name": "again", "do": "sampled_run", "settings": {**PLAIN, "batch_size": size, "ppo_epochs": 1}}]
+    sharded = {}
     if way == "deepspeed_zero3":
         sharded = {"env": {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}}      # what `zero3_init_flag: true` becomes
         todo += [{"name": "layers", "do": "write", "gather": False, "settings": {**PLAIN, "batch_size": size}},
                  {"name": "loaded", "do": "train", "steps": 1, "lengths": EMPTY, "settings": {**PLAIN, "batch_size": size}, **sharded}]
-    return todo + [{"name": "reward", "do": "reward_model", "settings": {**PLAIN, "batch_size": size}}]
+    todo += [{"name": "memory", "do": "memory"}]
+    return todo + [{"name": "reward", "do": "reward_model", "settings": {**PLAIN, "batch_size": size}, **sharded}]
 
 
 def execute(command, seconds, **environment):
@@ -92,8 +111,10 @@ def end(process):
         process.kill()
 
 
-def launcher(way, *flags):
-    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / f"{way}.yaml", "--num_processes", "2", *flags]
+def launcher(way, *flags, config=None):
+    """config: the file that says how, if it is not the one in scripts/accelerate_configs."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config or CONFIGS / f"{way}.yaml",
+            "--num_processes", "2", *flags]
 
 
 class Runs:
@@ -105,7 +126,11 @@ class Runs:
     def start(self, way):
         processes = 1 if way == "one" else 2
         todo = json.dumps(jobs(processes, self.folder, way))
-        command = [sys.executable] if processes == 1 else launcher(way, "--main_process_port", "0")
+        config = None
+        if way == "deepspeed_zero2_offload":
+            config = self.folder / f"{way}.yaml"
+            config.write_text((CONFIGS / "deepspeed_zero2.yaml").read_text() + "  offload_optimizer_device: cpu\n")
+        command = [sys.executable] if processes == 1 else launcher(way, "--main_process_port", "0", config=config)
         code, output = execute([*command, HERE / "worker.py", self.folder / way, todo], seconds=240)
         assert code == 0, output[-3000:]
 
@@ -148,7 +173,14 @@ def test_two_processes_train_as_one_on_the_whole_batch(runs, way, job):
     assert distance(runs(way, job)[0][1], expected) < 1e-5
 
 
-@every_way
+@long
+@pytest.mark.parametrize("way", OFFLOAD)
+@pytest.mark.parametrize("job", ["sgd", "accumulated"])
+def test_offload_changes_nothing(runs, way, job):
+    assert distance(runs(way, job)[0][1], runs("one", job)[0][1]) < 1e-5
+
+
+@every_way_and_offload
 def test_adam_too_trains_as_in_one_process(runs, way):
     assert distance(*(without_key_biases(runs(each, "adam")[0][1]) for each in (way, "one"))) < 1e-4
 
@@ -179,12 +211,22 @@ def test_statistics_are_those_of_the_whole_batch(runs, way):
 
 
 @every_way
+def test_a_ratio_over_the_threshold_and_an_early_stop_are_decided_by_all_though_each_alone_would_differ(runs, way):
+    expected = {"all_skip": (1, 2), "none_skips": (0, 2), "all_stop": (0, 2), "none_stops": (0, 4)}
+    for job, (skipped, of) in expected.items():
+        (first, weights), (second, others) = runs(way, job)
+        assert first == second == {"skipped": skipped, "of": of}, job
+        assert way == "deepspeed_zero3" or distance(weights, others) == 0, job      # where each has whole weights: the same ones
+    assert distance(runs(way, "all_skip")[0][1], runs("one", "one_epoch")[0][1]) < 1e-5        # its second optimizer step left nothing
+
+
+@every_way
 def test_early_stopping_is_decided_by_all(runs, way):
     counts = [found["steps"][0]["ppo/optimizer_steps"] for found, _ in runs("one", "early") + runs(way, "early")]
     assert counts == [counts[0]] * 3 and counts[0] < 4
 
 
-@pytest.mark.parametrize("way", ["one", *WAYS])
+@pytest.mark.parametrize("way", ["one", *WAYS, *(pytest.param(way, marks=long) for way in OFFLOAD)])
 def test_a_skipped_step_leaves_nothing_behind(runs, way):
     (_, expected), = runs("one", "unskipped")
     for found, _ in runs(way, "skip"):
@@ -204,6 +246,44 @@ def test_a_wrong_input_on_one_rank_is_named_on_all_and_harms_nothing(runs, way):
     for found, _ in runs(way, "refuse"):
         assert found["message"].startswith("rank 1: score 0 of 4 is nan")
     assert runs(way, "refuse")[0][0]["score"] == pytest.approx(runs("one", "refuse")[0][0]["score"], rel=1e-5)
+
+
+@every_way_and_offload
+def test_gradient_checkpointing_computes_each_block_twice_and_changes_nothing(runs, way):
+    (one, expected), = runs("one", "sgd")
+    found, weights = runs(way, "checkpointed")[0]
+    assert distance(weights, expected) < 1e-5 and found["passes"] == 2 * one["passes"] > 0
+
+
+@every_way_and_offload
+def test_bf16_moves_the_weights_as_it_does_in_one_process(runs, way):
+    """Without DeepSpeed the weights stay float32; it keeps those in the optimizer and rounds what it computes with and saves to bf16."""
+    (_, expected), = runs("one", "bf16")
+    ranks = runs(way, "bf16")
+    assert ranks[0][0]["steps"] == ranks[1][0]["steps"] and abs(ranks[0][0]["steps"][0]["objective/kl"]) < 1e-5     # the same model
+    assert {tensor.dtype for tensor in ranks[0][1].values()} == {torch.float32 if way == "multi_cpu" else torch.bfloat16}
+    distributed.seed_everything(0)
+    start = flat({k: v for k, v in tiny().state_dict().items() if k in expected})
+    exact, moved, here = (flat(weights) - start for weights in (runs("one", "plain")[0][1], expected, ranks[0][1]))
+    assert moved.norm() > 0.1 and 0 < (moved - exact).norm() < 0.05 * exact.norm()
+    assert (here - moved).norm() < (0.05 if way == "multi_cpu" else 0.25) * moved.norm()        # of which rounding is 0.15
+    assert distance(runs(way, "bf16_checkpointed")[0][1], ranks[0][1]) < 1e-6
+
+
+def flat(weights):
+    return torch.cat([weights[name].detach().float().flatten() for name in sorted(weights)])
+
+
+@every_way_and_offload
+def test_a_reference_in_8_bits_is_left_alone(runs, way):
+    (one, expected), = runs("one", "eight_bits")
+    ranks = runs(way, "eight_bits")
+    for found, _ in ranks:
+        assert found["alone"] and found["bytes"] == one["bytes"] > 0 and found["elements"] == one["elements"]
+        assert found["steps"] == ranks[0][0]["steps"]
+    assert 0 < abs(one["steps"][0]["objective/kl"]) < 1         # a rounded copy
+    assert ranks[0][0]["steps"][0]["objective/kl"] == pytest.approx(one["steps"][0]["objective/kl"], rel=1e-3)
+    assert distance(ranks[0][1], expected) < 1e-5
 
 
 # ------------------------------------------------------------------------------------------------------- rollouts
@@ -241,13 +321,22 @@ def test_a_seed_reproduces_a_run_in_which_each_rank_samples_its_own(runs, way):
     for mine, other in zip(first["steps"], second["steps"]):
         assert not set(mine["prompts"]) & set(other["prompts"])
         assert not [r for r in mine["responses"] if r in other["responses"]]
+    # 37 prompts are four steps of 8, and 5 that wait: no rank has a batch more than the other, or a shorter one
+    assert [[len(batch) for batch in found["pass"]] for found in (first, second)] == [[4] * 4] * 2
+    assert len({prompt for found in (first, second) for batch in found["pass"] for prompt in batch}) == 32
     assert runs(way, "write")[0][0]["sampled"] != runs(way, "write")[1][0]["sampled"]      # of the same prompts
+
+
+@every_way
+def test_the_memory_that_is_said_is_that_of_the_process_that_needed_most(runs, way):
+    (first, _), (second, _) = runs(way, "memory")
+    assert first["own"] < second["own"] <= first["largest"] == second["largest"]
 
 
 # --------------------------------------------------------------------------------------------- loading and saving
 
 
-@pytest.mark.parametrize("way", ["one", *WAYS, pytest.param("deepspeed_zero3_offload", marks=long)])
+@pytest.mark.parametrize("way", ["one", *WAYS, *(pytest.param(way, marks=long) for way in OFFLOAD)])
 def test_what_any_stage_saves_loads_whole_in_one_process(runs, way):
     found, weights = runs(way, "sgd")[0]
     model = AutoModelForCausalLMWithValueHead.from_pretrained(runs.folder / f"{way}-final").eval()
@@ -304,33 +393,78 @@ def test_each_optimizer_runs_under_each_stage_and_the_table_says_so(runs):
 
 
 def cell(ranks, expected):
-    """`equal` = all weights are one process's to 1e-4. `runs` = all but 2 % at most: Lion and 8-bit Adam make of a gradient that is 0
-    but for rounding a step of full size, up or down."""
+    """`equal` = all weights are one process's to 1e-4. `runs` = all but 3 % at most: 8-bit Adam rounds blocks of 256, and where a
+    share begins elsewhere the blocks are others."""
     (first, weights), (second, _) = ranks
     assert first["steps"] == second["steps"]
     weights, expected = without_key_biases(weights), without_key_biases(expected)
     near = torch.cat([((weights[k] - expected[k]).abs() < 1e-4).flatten() for k in expected]).float().mean()
-    return "equal" if near == 1 else "runs" if near > 0.98 else f"{near:.0%} equal"
+    return "equal" if near == 1 else "runs" if near > 0.97 else f"{near:.0%} equal"
 
 
 # ------------------------------------------------------------------------------------------------------- failures
 
 
-def test_an_exception_on_one_rank_stops_all_at_once_and_says_where(tmp_path):
-    (tmp_path / "reward.py").write_text(
-        "import os\ncalls = []\n"
-        "def score(prompts, responses):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 2 and os.environ['RANK'] == '1':\n"
-        "        raise KeyError('no such review')\n"
-        "    return [0.0] * len(responses)\n")
-    started = time.time()
-    code, output = execute([*launcher("multi_cpu", "--main_process_port", "0"), ROOT / "scripts" / "train.py", "--steps", "2",
-                            "--batch_size", "4", "--max_new_tokens", "4", "--eval_prompts", "4", "--output_dir", tmp_path / "run",
-                            "--reward_fn", f"{tmp_path / 'reward.py'}:score"], seconds=100)
-    assert code != 0 and time.time() - started < 60
-    assert "rank 1 of 2 stops in step 1, (b) score: ValueError: the reward function raised KeyError: 'no such review'" in output
-    assert not re.search(r"rank 0 of 2 stops in step 1, \(b\)", output)
+def faulty_reward(folder, fault):
+    """A reward function that first runs `at_each_call`, defined by `fault`: it knows its `rank` and the number of `calls`, and may `fail`."""
+    (folder / "reward.py").write_text(
+        "import os, time\nfrom pathlib import Path\ncalls, here, rank = [], Path(__file__).parent, os.environ.get('RANK')\n"
+        "def fail():\n    (here / 'failed').write_text(str(time.time()))\n    raise KeyError('no such review')\n"
+        "def score(prompts, responses):\n    calls.append(1)\n    at_each_call()\n    return [0.0] * len(responses)\n"
+        + fault)
+    return f"{folder / 'reward.py'}:score"
+
+
+def fails(way, folder, fault):
+    """Three steps of scripts/train.py by two processes, of which one fails. -> (what both printed, seconds from the fault to the end)"""
+    code, output = execute([*launcher(way, "--main_process_port", "0"), ROOT / "scripts" / "train.py", "--steps", "3", "--batch_size", "4",
+                            "--max_new_tokens", "4", "--eval_prompts", "4", "--save_every", "1", "--output_dir", folder / "run",
+                            "--reward_fn", faulty_reward(folder, fault)], seconds=150)
+    assert code != 0, output[-3000:]
+    return output, time.time() - float((folder / "failed").read_text())
+
+
+def goes_on(folder, way=None):
+    """The reward is mended and the run resumed: by one process, or as it was started, which ZeRO needs."""
+    faulty_reward(folder, "def at_each_call(): pass\n")
+    command = [sys.executable] if way is None else launcher(way, "--main_process_port", "0")
+    code, output = execute([*command, ROOT / "scripts" / "train.py", "--resume", folder / "run"], seconds=150)
+    assert code == 0 and (folder / "run" / "summary.json").is_file(), output[-3000:]
+    return output
+
+
+@pytest.mark.parametrize("way", ["multi_cpu", pytest.param("deepspeed_zero3", marks=long)])
+def test_an_exception_on_one_rank_stops_all_at_once_says_where_and_keeps_the_last_checkpoint(way, tmp_path):
+    # the first call scores the held-out prompts, the third is in the second step
+    output, seconds = fails(way, tmp_path, "def at_each_call():\n    if rank == '1' and len(calls) == 3:\n        fail()\n")
+    assert seconds < 15
+    assert "rank 1 of 2 stops in step 2, (b) score: ValueError: the reward function raised KeyError: 'no such review'" in output
+    assert not re.search(r"rank 0 of 2 stops in step 2, \(b\)", output)
+    run = tmp_path / "run"
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-000001"]
+    assert distributed.damage(run / "checkpoints" / "step-000001") is None
+    kept = (run / "metrics.jsonl").read_text()
+    assert len(kept.splitlines()) == 1 and not (run / "final").exists()
+    assert "resuming after step 1" in goes_on(tmp_path, None if way == "multi_cpu" else way)
+    assert (run / "metrics.jsonl").read_text().startswith(kept) and len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_exception_on_one_rank_during_set_up_stops_all_and_says_where(tmp_path):
+    output, seconds = fails("multi_cpu", tmp_path, "if rank == '1':\n    fail()\n")
+    assert seconds < 15
+    assert "rank 1 of 2 stops in set-up of the reward: ValueError: " in output and "reward.py cannot be loaded: KeyError" in output
+
+
+@long
+def test_an_exception_while_the_model_is_saved_leaves_a_run_that_can_be_resumed(tmp_path):
+    """The main process cannot write config.json, as there is a folder of that name; the other has only to be stopped."""
+    block = ("def at_each_call():\n    if rank == '0' and len(calls) == 5:\n        (here / 'run' / 'final' / 'config.json').mkdir(parents=True)\n"
+             "        (here / 'failed').write_text(str(time.time()))\n")
+    output, seconds = fails("deepspeed_zero2", tmp_path, block)
+    assert seconds < 15
+    assert "rank 0 of 2 stops in final/: IsADirectoryError: " in output and not (tmp_path / "run" / "summary.json").exists()
+    (tmp_path / "run" / "final" / "config.json").rmdir()
+    assert "resuming after step 3" in goes_on(tmp_path, "deepspeed_zero2")
 
 
 def test_two_launchers_make_one_run_of_two_machines(runs, tmp_path):
@@ -351,6 +485,47 @@ def test_two_launchers_make_one_run_of_two_machines(runs, tmp_path):
             end(other)
     assert distance(load_file(tmp_path / "node-sgd-0.safetensors"), runs("one", "sgd")[0][1]) < 1e-5
     assert (tmp_path / "node-sgd-0.json").read_text() == (tmp_path / "node-sgd-1.json").read_text()
+
+
+@long
+@pytest.mark.parametrize("way, processes", [("single_gpu", 1), ("multi_gpu", 2)])
+def test_the_files_for_gpus_start_the_same_run_where_there_is_none(runs, way, processes, tmp_path):
+    job = json.dumps([{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": 8 // processes}}])
+    command = launcher(way, "--num_processes", str(processes), "--main_process_port", "0")
+    code, output = execute([*command, HERE / "worker.py", tmp_path / way, job], seconds=100)
+    assert code == 0, output[-3000:]
+    assert len(list(tmp_path.glob("*.json"))) == processes
+    assert distance(load_file(tmp_path / f"{way}-sgd-0.safetensors"), runs("one", "sgd")[0][1]) < 1e-5
+
+
+GROUPS = """
+import os, sys, torch, distributed
+from accelerate.state import AcceleratorState
+for port in sys.argv[1:]:
+    os.environ["MASTER_PORT"] = port
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = distributed.start(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(4, 4))
+    distributed.largest_peak_memory(accelerator)
+    distributed.end(accelerator)
+    del model
+"""
+
+
+def test_a_group_of_processes_ends_though_something_was_summed_a_moment_before(tmp_path):
+    """Six groups, one after the other: ended at once, the second or third would wait for ever."""
+    ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(6)]
+    numbers = [str(server.getsockname()[1]) for server in ports]
+    for server in ports:
+        server.close()
+    machine = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    ranks = [subprocess.Popen([sys.executable, "-c", GROUPS, *numbers], env={**machine, "RANK": rank, "LOCAL_RANK": rank}, cwd=tmp_path)
+             for rank in "01"]
+    try:
+        assert [process.wait(timeout=60) for process in ranks] == [0, 0]
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 @pytest.mark.parametrize("target", ["train-multi-gpu", "train-zero1", "train-zero2", "train-zero3", "train-multi-node"])

@@ -3,11 +3,13 @@
 What should be shared is written down by hand for each family (SHARED) and compared by address, not by value: two equal
 copies have equal values too.
 """
+import copy
+
 import pytest
 import torch
 from torch import nn
-from transformers import (AutoModelForCausalLM, BloomConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MptConfig, OPTConfig,
-                          Qwen2Config)
+from transformers import (AutoModelForCausalLM, BloomConfig, Gemma3nTextConfig, Gemma4TextConfig, GPT2Config, GPTNeoXConfig,
+                          LlamaConfig, MptConfig, OPTConfig, Qwen2Config)
 
 from reference import SharedTrunk, create_reference_model, find_layers, shared_bytes
 from value_head import AutoModelForCausalLMWithValueHead
@@ -411,3 +413,29 @@ def test_a_trunk_with_parameters_that_may_feed_the_blocks_is_not_reused():
         policy = WithHead(late_input=late_input)
         reference = create_reference_model(policy, 2, pattern="model.layers.{layer}")
         assert bool(SharedTrunk(policy, reference).blocks) == (not late_input)
+
+
+@pytest.mark.parametrize("family, own", [
+    (Gemma3nTextConfig, {"laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 6}),
+    (Gemma4TextConfig, {"global_head_dim": 8})], ids=["gemma3n", "gemma4"])
+@pytest.mark.parametrize("count", [4, None])
+def test_blocks_that_read_keys_and_values_of_shared_ones_find_them(family, own, count):
+    """Blocks 4 and 5 have none of their own: they read those of 2 and 3. Were 2 and 3 skipped, there would be nothing to read."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_hidden_layers": 6, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 32, "pad_token_id": 0}
+    config = family(num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 3, hidden_size_per_layer_input=4,
+                    vocab_size_per_layer_input=V, **own, **sizes)
+    policy = AutoModelForCausalLMWithValueHead.from_pretrained(AutoModelForCausalLM.from_config(config))
+    assert [layer.self_attn.is_kv_shared_layer for layer in policy.pretrained_model.model.layers] == [False] * 4 + [True] * 2
+    if count is None:       # all but the last block is one: no parameter that may feed the blocks stands in the way of a replay
+        shared = [p.requires_grad_(False) for name, p in policy.named_parameters() if ".layers.5." not in name]
+        reference = copy.deepcopy(policy, {id(p): p for p in shared}).requires_grad_(False)
+    else:
+        reference = create_reference_model(policy, count)
+    trunk = SharedTrunk(policy, reference)
+    assert shared_bytes(policy, reference) > 0 and not trunk.blocks
+    with trunk.record() as kept:
+        logits, values = outputs(policy)
+    with trunk.replay(kept.get("trunk")):
+        for model in (policy, reference):
+            assert torch.equal(outputs(model)[0], logits) and torch.equal(outputs(model)[1], values)

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -304,11 +305,11 @@ def test_resuming_with_another_setting_or_from_no_run_is_refused(undisturbed, tm
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
 
 
-def launch(way, *arguments):
-    """-> command line for 2 processes, as the Makefile has it."""
+def launch(way, *arguments, processes=2):
+    """-> command line, as the Makefile has it."""
     return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
-            str(ROOT / "scripts" / "accelerate_configs" / f"{way}.yaml"), "--num_processes", "2", "--main_process_port", "0",
-            str(ROOT / "scripts" / "train.py"), *arguments]
+            str(ROOT / "scripts" / "accelerate_configs" / f"{way}.yaml"), "--num_processes", str(processes),
+            "--main_process_port", "0", str(ROOT / "scripts" / "train.py"), *arguments]
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +321,8 @@ def two_processes(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("way", ["multi_cpu", pytest.param("deepspeed_zero3", marks=pytest.mark.long)])
+@pytest.mark.parametrize("way", ["multi_cpu", *(pytest.param(way, marks=pytest.mark.long) for way in (
+    "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload"))])
 def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(way, two_processes, tmp_path):
     """And ZeRO's run is the plain one's, to the last bit of every weight."""
     folder = tmp_path / "run"
@@ -332,6 +334,11 @@ def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(
                 one.kill()
     process.wait(60)
     assert not (folder / "final").exists()
+    if way == "deepspeed_zero2":
+        alone = subprocess.run(launch(way, "--resume", str(folder), processes=1), capture_output=True, text=True, timeout=300)
+        sentence = (r"error: \S+step-000004 was saved by 2 processes with ZeRO-2 \(0 = without\) and this run has 1 with ZeRO-2; "
+                    r"launch it as it was saved, or start a new run from \S+model\n")
+        assert alone.returncode != 0 and re.search(sentence, alone.stderr), alone.stderr[-3000:]
     done = subprocess.run(launch(way, "--resume", str(folder)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]
     for name in ("final/model.safetensors", "samples.md"):
@@ -343,6 +350,11 @@ def test_two_processes_killed_inside_a_step_resume_and_end_as_two_that_were_not(
         assert [{**row, "ppo/grad_norm": 0} for row in rows] == [{**row, "ppo/grad_norm": 0} for row in expected]
 
 
+def test_a_finished_run_of_two_processes_says_so_once(two_processes):
+    done = subprocess.run(launch("multi_cpu", "--resume", str(two_processes)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("is finished after 6 steps; there is nothing left to do") == 1, done.stderr[-3000:]
+
+
 def test_a_run_of_two_processes_resumes_on_one(two_processes, tmp_path, capsys):
     unfinished(two_processes, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
@@ -350,6 +362,16 @@ def test_a_run_of_two_processes_resumes_on_one(two_processes, tmp_path, capsys):
     assert "resuming after step 4" in capsys.readouterr().out
     rows = numbers(tmp_path / "run")        # 16 responses a step while there were two, then 8
     assert rows[:4] == numbers(two_processes)[:4] and [len(row["objective/kl_dist"]) for row in rows] == [16, 16, 16, 16, 8, 8]
+
+
+@pytest.mark.long
+def test_a_run_of_one_process_resumes_on_two(undisturbed, tmp_path):
+    unfinished(undisturbed, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    done = subprocess.run(launch("multi_cpu", "--resume", str(tmp_path / "run")), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "resuming after step 4" in done.stdout, done.stderr[-3000:]
+    rows = numbers(tmp_path / "run")
+    assert rows[:4] == numbers(undisturbed)[:4] and [len(row["objective/kl_dist"]) for row in rows] == [8, 8, 8, 8, 16, 16]
 
 
 @pytest.mark.parametrize("flags, words", [(["--keep_last", "1"], "keep_last is 1; use at least 0 and at least 2"),

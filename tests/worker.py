@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import optim
 from ppo_core import PPOConfig, PPOTrainer
-from test_ppo_core import ragged, tiny, tokenizer
+from test_ppo_core import GOLDEN, ragged, tiny, tokenizer
+from value_head import AutoModelForCausalLMWithValueHead
 
 TOTAL = 8
 LENGTHS, QUERIES = (1, 7, 3, 5, 0, 9, 2, 4), (2, 6, 3, 4, 5, 2, 3, 6)
@@ -26,7 +27,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 RATES = {"sgd": 0.05, "adam": 1e-3, "lion": 1e-3, "adam8bit": 1e-3}
 
 
-def make(settings, optimizer="sgd", shared=None, dataset=None):
+def make(settings, optimizer="sgd", shared=None, dataset=None, reference=lambda accelerator: None):
     AcceleratorState._reset_state(reset_partial_state=True)     # each job is a run of its own
     accelerator = distributed.start(cpu=True)
     if distributed.zero_stage(accelerator) == 3:                # DeepSpeed keeps what is small whole: all of this model
@@ -35,7 +36,7 @@ def make(settings, optimizer="sgd", shared=None, dataset=None):
     model = tiny()
     optimizer = optim.make_optimizer(optimizer, list(model.parameters()), RATES[optimizer])
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    trainer = PPOTrainer(PPOConfig(**settings), model, None, tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
+    trainer = PPOTrainer(PPOConfig(**settings), model, reference(accelerator), tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
                          num_shared_layers=shared, accelerator=accelerator, dataset=dataset, data_collator=list)
     np.random.seed(accelerator.process_index)                   # each rank shuffles its own share
     return trainer
@@ -54,7 +55,7 @@ def step(trainer, seed=0, lengths=LENGTHS):
     return {**own, "objective/kl_dist": stats["objective/kl_dist"].tolist()}
 
 
-def greedy(trainer, eos=None, batch_size=2):
+def greedy(trainer, eos=None, batch_size=3):
     queries, *_ = ragged(LENGTHS, QUERIES, seed=7)
     responses = trainer.generate(mine(trainer, queries), batch_size=batch_size, return_prompt=False, max_new_tokens=6, do_sample=False,
                                  allow_other_distribution=True, **({} if eos is None else {"eos_token_id": eos}))
@@ -71,12 +72,14 @@ def weights_of(trainer):
 def train(settings, optimizer="sgd", steps=3, lengths=LENGTHS, write_first=False, shared=None, save=None):
     """Three steps on different batches. -> statistics, KL coefficient, and the weights."""
     trainer = make(settings, optimizer, shared)
-    found = []
+    found, passes = [], []
+    inside = distributed.unwrap(trainer.model).pretrained_model.transformer.h[0].ln_1
+    inside.register_forward_pre_hook(lambda module, _: passes.append(module.training))      # in the update; checkpointing comes again
     for seed in range(steps):
         if write_first:
             greedy(trainer)     # a rollout between the updates must leave the sharding as it was
         found.append(step(trainer, seed, lengths))
-    result = {"steps": found, "kl_coef": trainer.kl_ctl.value}
+    result = {"steps": found, "kl_coef": trainer.kl_ctl.value, "passes": sum(passes)}
     if save:
         trainer.save_pretrained(save)
         with torch.no_grad():
@@ -129,8 +132,8 @@ def refused_batches(trainer):
 
 
 def sampled_run(settings):
-    """Two whole steps: prompts from the loader, sampled responses, scores that depend on them."""
-    prompts = [torch.tensor([5 + i, 6, 7]) for i in range(4 * TOTAL)]
+    """Two whole steps: prompts from the loader, sampled responses, scores that depend on them. Then the loader alone, to its end."""
+    prompts = [torch.tensor([5 + i, 6, 7]) for i in range(4 * TOTAL + 5)]       # the last batch would be a part of one
     trainer = make(settings, dataset=prompts)
     distributed.seed_everything(0, rank=trainer.accelerator.process_index)
     found = []
@@ -139,7 +142,8 @@ def sampled_run(settings):
         stats = trainer.step(queries, responses, [float(r.float().mean()) / 50 for r in responses])
         found.append({"prompts": [int(q[0]) for q in queries], "responses": [r.tolist() for r in responses],
                       "kl": stats["objective/kl"], "loss": stats["ppo/loss/total"]})
-    return {"steps": found}, weights_of(trainer)
+    weights = weights_of(trainer)
+    return {"steps": found, "pass": [[int(q[0]) for q in queries] for queries in trainer.dataloader]}, weights
 
 
 def infinite_loss(settings):
@@ -219,12 +223,61 @@ def refuse(settings):
     return {"message": message, "score": step(trainer)["ppo/mean_scores"]}, {}
 
 
-JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, refuse, reward_model, conflict)}
+def eight_bits(settings):
+    """A reference in 8 bits, which can be neither moved nor cut. -> two steps with it, and what became of it."""
+    places = []
+
+    def load(accelerator):
+        with distributed.zero3_init_disabled(accelerator):
+            model = AutoModelForCausalLMWithValueHead.from_pretrained(GOLDEN / "models" / "gpt2", load_in_8bit=True, device_map="auto")
+        places.append([model, place(model)])
+        return model
+    trainer = make(settings, reference=load)
+    (model, before), = places
+    steps = [step(trainer, seed) for seed in range(2)]
+    return {"steps": steps, "alone": trainer.ref_model is model and place(model) == before,
+            "bytes": sum(p.numel() for p in model.parameters() if p.dtype == torch.int8),
+            "elements": sum(p.numel() for p in model.parameters())}, weights_of(trainer)
+
+
+def place(model):
+    return [(name, p.data_ptr(), tuple(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+
+
+def disagree(settings, shift):
+    """From the second optimizer step on the last rank, and it alone, sees a policy whose every log-prob has grown by `shift` nats."""
+    trainer = make(settings)
+    step_of, forward, last = trainer.optimizer_step, trainer.forward, trainer.accelerator.num_processes - 1
+
+    def shifted(model, rows):
+        logprobs, values, logits = forward(model, rows)
+        return rows["logprobs"] + shift + 0 * logprobs, values, logits
+
+    def optimizer_step(batch, index, first):
+        if not first and trainer.accelerator.process_index == last:
+            trainer.forward = shifted
+        return step_of(batch, index, first)
+    trainer.optimizer_step = optimizer_step
+    stats = step(trainer)
+    return {"skipped": stats["ppo/skipped_steps"], "of": stats["ppo/optimizer_steps"]}, weights_of(trainer)
+
+
+def memory():
+    """The last rank, and it alone, takes half as much again as its highest point so far. -> what it then has, and what all say."""
+    accelerator = distributed.start(cpu=True)
+    if accelerator.process_index == accelerator.num_processes - 1:
+        torch.ones(distributed.peak_memory(accelerator.device) // 8)        # float32
+    return {"own": distributed.peak_memory(accelerator.device), "largest": distributed.largest_peak_memory(accelerator)}, {}
+
+
+JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, refuse, reward_model, conflict, memory, eight_bits,
+                                     disagree)}
 
 
 def main(out, jobs):
     for job in jobs:
         started = time.perf_counter()
+        outside = dict(os.environ)
         os.environ.update(job.pop("env", {}))
         found, weights = JOBS[job.pop("do")](**{k: v for k, v in job.items() if k != "name"})
         rank = AcceleratorState().process_index
@@ -232,8 +285,12 @@ def main(out, jobs):
         if weights:
             save_file(weights, f"{out}-{job['name']}-{rank}.safetensors")
         Path(f"{out}-{job['name']}-{rank}.json").write_text(json.dumps(found))
+        for name in set(os.environ) - set(outside):
+            del os.environ[name]
+        os.environ.update(outside)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        time.sleep(0.1)         # as distributed.end, which says why
         torch.distributed.destroy_process_group()
 
 
