@@ -198,7 +198,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             del trunk.forward
             if before is not None:
                 trunk.forward = before
-        return logits.float(), self.v_head(seen[0]).view(-1)
+        return logits.float(), self.v_head(seen[0]).view(-1).float()
 
     def generate(self, *args, **kwargs):
         """The language model's own `generate`."""
