@@ -281,14 +281,15 @@ def take(batch, index):
 def fill_by_length(lengths, index, size, saving=1.0):
     """Rows `index` in pieces of at most `size`, those of like length together, so that little of a piece is padding.
 
-    lengths: (B,) tokens. saving: also halve a piece where that takes away more than this share of it. -> list of index tensors.
+    lengths: (B,) tokens. saving: also halve a piece of 16 rows or more where that takes away more than this share of it; two passes
+    over fewer rows cost more than their padding. -> list of index tensors.
     """
     index = index[lengths[index].argsort(stable=True)]
     done, todo = [], list(index.split(size))[::-1]
     while todo:
         piece = todo.pop()
         length, half = lengths[piece], len(piece) // 2
-        if half and half * int(length[-1] - length[half - 1]) > saving * len(piece) * int(length[-1]):
+        if half >= 8 and half * int(length[-1] - length[half - 1]) > saving * len(piece) * int(length[-1]):
             todo += [piece[half:], piece[:half]]
         else:
             done.append(piece)
@@ -590,7 +591,7 @@ class PPOTrainer:
             kept = finished.long().argsort(stable=True)[:even_size(int((~finished).sum()))]             # a few of them may stay
             if bool(finished.all()):
                 break
-            if len(kept) < len(rows):
+            if len(kept) <= 0.75 * len(rows):
                 rows, drawn, attention_mask = rows[kept], drawn[kept], attention_mask[kept]
                 cache.batch_select_indices(kept)
             input_ids, attention_mask = drawn.unsqueeze(1), torch.nn.functional.pad(attention_mask, (0, 1), value=1)

@@ -241,15 +241,17 @@ def test_logits_in_chunks_give_the_weights_of_all_at_once(family):
 
 
 def test_rows_of_like_length_are_put_together_and_none_is_lost():
-    lengths = torch.tensor([40, 8, 44, 9, 10, 41, 7, 43])
-    index = torch.tensor([7, 0, 3, 1, 2, 6, 4, 5])
-    assert [lengths[piece].tolist() for piece in fill_by_length(lengths, index, 4)] == [[7, 8, 9, 10], [40, 41, 43, 44]]
-    assert [lengths[piece].tolist() for piece in fill_by_length(lengths, index, 8)] == [[7, 8, 9, 10, 40, 41, 43, 44]]
-    halved = fill_by_length(lengths, index, 8, saving=0.2)
-    assert [lengths[piece].tolist() for piece in halved] == [[7, 8, 9, 10], [40, 41, 43, 44]]
-    assert sorted(torch.cat(halved).tolist()) == sorted(index.tolist())
-    assert len(fill_by_length(torch.full((8,), 5), torch.arange(8), 8, saving=0.01)) == 1
-    assert [len(piece) for piece in fill_by_length(lengths, index[:5], 2)] == [2, 2, 1]
+    short, long = list(range(7, 15)), list(range(40, 48))
+    lengths, index = torch.tensor(short + long), torch.randperm(16)
+
+    def pieces(*arguments, **kwargs):
+        return [lengths[piece].tolist() for piece in fill_by_length(lengths, *arguments, **kwargs)]
+    assert pieces(index, 8) == [short, long] and pieces(index, 16) == [short + long]
+    assert pieces(index, 16, saving=0.2) == [short, long]
+    assert [len(piece) for piece in pieces(index, 16, saving=0.5)] == [16]          # 8 x 33 of 16 x 47 is less than half
+    assert [len(piece) for piece in pieces(index[:5], 2)] == [2, 2, 1]
+    assert len(fill_by_length(torch.full((16,), 5), torch.arange(16), 16, saving=0.01)) == 1
+    assert len(fill_by_length(lengths, torch.tensor([0, 1, 14, 15]), 4, saving=0.01)) == 1, "few rows are not worth two passes"
 
 
 def test_halved_mini_batches_give_the_weights_of_whole_ones(monkeypatch):
@@ -258,9 +260,9 @@ def test_halved_mini_batches_give_the_weights_of_whole_ones(monkeypatch):
         pieces = []
         monkeypatch.setattr(ppo_core, "fill_by_length", lambda lengths, index, size, saving=1.0: pieces.extend(
             original(lengths, index, size, 1.0 if whole else saving)) or original(lengths, index, size, 1.0 if whole else saving))
-        trainer = make()
-        trainer.step(*ragged((1, 30, 2, 28)))
-        assert {len(piece) for piece in pieces} == ({4} if whole else {4, 2, 1}), "record takes 4 rows, the update 2, 1 and 1"
+        trainer = make(batch_size=16)
+        trainer.step(*ragged((1, 30, 2, 28) * 4, query_lengths=(3,) * 16))
+        assert {len(piece) for piece in pieces} == ({16} if whole else {16, 8}), "record takes 16 rows, the update two times 8"
         weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
     assert max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]) < 1e-6
 
@@ -303,7 +305,7 @@ def test_sampling_drops_rows_that_have_ended_and_changes_no_token_of_the_others(
         patch.setattr(ppo_core, "draw", lambda p: p.argmax(-1))
         responses = trainer.generate(queries, **arguments)
     assert [r.tolist() for r in responses] == [r.tolist() for r in expected]
-    assert len({len(r) for r in responses}) > 2 and widths[0] == 12 and widths[-1] == 8 < widths[0]
+    assert len({len(r) for r in responses}) > 2 and widths[0] == 12 and widths[-1] == 8
 
 
 def test_even_sizes_are_few_and_waste_little():
