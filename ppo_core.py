@@ -166,8 +166,8 @@ def entropy_from_logits(logits):
 class LogprobsAndEntropy(torch.autograd.Function):
     """Both of the above from one pass over the logits: (n, V), (n,) -> (n,), (n,). Only the log-prob has a gradient.
 
-    Saves: one (n, V) tensor is kept for the backward pass, the probabilities, and its gradient is made in place of them. Left to
-    autograd it is six of that size, of which three are kept.
+    Beside the logits it makes one tensor of their size, the probabilities, and in the backward pass their gradient in its place. Left to
+    autograd it would be several more, and those are the largest tensors of an update.
     """
 
     @staticmethod
@@ -588,9 +588,9 @@ class PPOTrainer:
             ended = torch.isin(drawn, stop) & (lengths[rows] == new_tokens)
             lengths[rows[ended]] = t + 1
             finished = lengths[rows] < new_tokens
-            kept = finished.long().argsort(stable=True)[:even_size(int((~finished).sum()))]             # a few of them may stay
-            if bool(finished.all()):
+            if finished.all():
                 break
+            kept = finished.long().argsort(stable=True)[:even_size(int((~finished).sum()))]             # a few finished ones may stay
             if len(kept) <= 0.75 * len(rows):
                 rows, drawn, attention_mask = rows[kept], drawn[kept], attention_mask[kept]
                 cache.batch_select_indices(kept)
