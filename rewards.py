@@ -70,7 +70,7 @@ def load_reward_fn(spec):
     sys.path.append(os.path.dirname(os.path.abspath(path)))         # for what it imports from beside it
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:      # whatever a user's file raises, a SyntaxError included
+    except (Exception, SystemExit) as error:        # whatever a user's file raises, a SyntaxError included
         raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -78,11 +78,14 @@ def load_reward_fn(spec):
     return function
 
 
-def score_texts(reward, prompts, responses):
-    """Call any reward function and check what it gives. -> list of B floats. ValueError says what is wrong with it."""
+def score_texts(reward, prompts, responses, finite=True):
+    """Call any reward function and check what it gives. -> list of B floats. ValueError says what is wrong with it.
+
+    finite=False lets NaN and infinity through, for PPOTrainer.step to refuse with the batch and on all processes.
+    """
     try:
         scores = reward(prompts, responses)
-    except Exception as error:      # whatever a user's function raises; the sentence says what and where
+    except (Exception, SystemExit) as error:        # whatever a user's function raises; the sentence says what and where
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(f"the reward function raised {type(error).__name__}: {error} "
                          f"({os.path.basename(frame.filename)}, line {frame.lineno})") from error
@@ -91,11 +94,14 @@ def score_texts(reward, prompts, responses):
     if not sequence or len(scores) != len(responses):
         count = len(scores) if sequence else f"a {type(scores).__name__}"
         raise ValueError(f"the reward function returned {count} for {len(responses)} responses; return one float for each")
-    return check_scores(scores).tolist()
+    return check_scores(scores, finite).tolist()
 
 
-def check_scores(scores):
-    """Numbers of any kind (int, float, tensors of shape () or (1,)) -> float32 tensor (B,). NaN and infinity are refused."""
+def check_scores(scores, finite=True):
+    """Numbers of any kind (int, float, tensors of shape () or (1,)) -> float32 tensor (B,). NaN and infinity are refused.
+
+    finite=False hands them on; what is too large for float32 is infinity then.
+    """
     values = []
     for i, score in enumerate(scores):
         try:
@@ -104,7 +110,7 @@ def check_scores(scores):
             raise ValueError(f"score {i} of {len(scores)} is {score!r}, not one number; give one float per response") from error
         except OverflowError:
             values.append(math.inf)
-        if not math.isfinite(values[-1]) or abs(values[-1]) > torch.finfo(torch.float32).max:
+        if finite and (not math.isfinite(values[-1]) or abs(values[-1]) > torch.finfo(torch.float32).max):
             raise ValueError(f"score {i} of {len(scores)} is {values[-1]}; every score must be a finite number, "
                              "so mend the reward for that sample or leave the batch out")
     return torch.tensor(values, dtype=torch.float32)
