@@ -604,8 +604,9 @@ class PPOTrainer:
         self.refuse(stage, self.say_sample(stage, sample, sample, number))
 
     def say_sample(self, stage, sample, position, number):
+        remedy = "mend or leave out that sample" if stage in ("scores", "rewards") else "look at that sample, or lower the learning rate"
         return (f"the {stage} of sample {sample} of {self.config.batch_size} (mini-batch {1 + position // self.config.mini_batch_size}) "
-                f"{'is' if stage == 'loss' else 'are'} {number}; nothing was changed by it: mend or leave out that sample")
+                f"{'is' if stage == 'loss' else 'are'} {number}; nothing was changed by it: {remedy}")
 
     def check_batch(self, queries, responses, scores, response_masks):
         """Refuse what cannot be trained on, before anything changes. -> scores (B,) float32."""

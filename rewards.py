@@ -12,11 +12,14 @@ NaN and infinity are refused by sample number.
 Shapes: scores (B,); logprobs, ref_logprobs, kl, mask, rewards (B, R), aligned as ppo_core.py draws it.
 Copy me: needs torch; load_reward_model needs transformers. Tested by tests/test_rewards.py.
 """
+import faulthandler
 import importlib.util
 import math
 import os
 import sys
+import threading
 import traceback
+from contextlib import contextmanager
 
 import torch
 
@@ -76,6 +79,34 @@ def load_reward_fn(spec):
     if not callable(function):
         raise ValueError(f"{path} has no function called {name!r}; write path/to/file.py:function")
     return function
+
+
+@contextmanager
+def time_limit(seconds, sentence, grace=5):
+    """Ends the whole process with `sentence` and exit code 1 when what is inside takes longer than `seconds`; 0 = no limit.
+
+    What never returns can be neither asked to stop nor waited for: a lock, a socket without a time-out, a loop in C. So a thread looks
+    at the clock and ends the process without cleaning up, and the reward stays in the main thread, where its sqlite connection and its
+    GPU are. C code that never lets go of Python's lock, a regular expression that goes astray for one, stops that thread too:
+    faulthandler's needs no lock, and ends the process `grace` seconds later with the line at which it hung.
+    """
+    def end():
+        sys.stdout.flush()
+        print(sentence, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if not seconds:
+        yield
+        return
+    clock = threading.Timer(seconds, end)
+    clock.daemon = True
+    faulthandler.dump_traceback_later(seconds + grace, exit=True, file=sys.__stderr__)
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def score_texts(reward, prompts, responses, finite=True):
