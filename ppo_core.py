@@ -933,8 +933,10 @@ class PPOTrainer:
             assert loaded is not None, f"DeepSpeed found nothing in {folder / 'zero'}, though the manifest did"
             return
         weights = {name: tensor for path in sorted((folder / "model").glob("*.safetensors")) for name, tensor in load_file(path).items()}
-        load_weights(unwrap(self.model), weights)
+        pairs = match_weights(unwrap(self.model), weights)
         unpack_state(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+        for own, saved in pairs:        # only now that all of it fits: a model that is loaded in part is none
+            own.copy_(saved)
 
 
 class Clock:
@@ -952,21 +954,22 @@ class Clock:
         return {**self.laps, "time/ppo/total": time.perf_counter() - self.start}
 
 
-def load_weights(model, weights):
-    """Copy saved tensors into the model's own, in place: what is shared with the reference stays shared.
+def match_weights(model, weights):
+    """-> list of (the model's own tensor, the saved one to copy into it): in place, so that what is shared with the reference stays so.
 
     Of tied tensors one name is saved. ValueError names a tensor that is missing, left over, or of another shape.
     """
-    own, done = model.state_dict(), set()
+    own, pairs = model.state_dict(), []
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"the checkpoint's {name} is {tuple(tensor.shape)} but the model's is "
                              f"{tuple(own[name].shape) if name in own else 'not there'}; it is of another model")
-        own[name].copy_(tensor)
-        done.add(own[name].data_ptr())
+        pairs.append((own[name], tensor))
+    done = {tensor.data_ptr() for tensor, _ in pairs}
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in done]
     if missing:
         raise ValueError(f"the checkpoint has {len(weights)} tensors but not {missing[0]}; it is of another model")
+    return pairs
 
 
 def quantized(model):

@@ -22,8 +22,10 @@ on prompts held out from training, before and after. What it leaves in runs/<nam
 """
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -50,7 +52,7 @@ import optim
 import reference
 import rewards
 from ppo_core import BadNumbers, PPOConfig, PPOTrainer, knob
-from value_head import AutoModelForCausalLMWithValueHead
+from value_head import AutoModelForCausalLMWithValueHead, first_line, why_not_loaded
 
 ADAM_LEARNING_RATE = 4e-4       # suits a model of a few million parameters; a large one wants PPOConfig's 1.41e-5
 
@@ -199,13 +201,7 @@ def parse(arguments):
     config, = parser.parse_args_into_dataclasses(arguments)
     if config.resume is None:
         return config
-    path = Path(config.resume) / "config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        saved = {field.name: saved[field.name] for field in dataclasses.fields(RunConfig)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {config.resume}: {path} cannot be read ({type(error).__name__}: {error}); name a folder that a "
-                         "run was made in") from error
+    saved = saved_settings(config.resume)
     parser.set_defaults(**saved)
     given, = parser.parse_args_into_dataclasses(arguments)
     for name, value in saved.items():
@@ -216,9 +212,35 @@ def parse(arguments):
     return given
 
 
+def saved_settings(folder):
+    """What a run's config.json says. ValueError: it cannot be read, or is not what the run wrote."""
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        settings = {field.name: saved[field.name] for field in dataclasses.fields(RunConfig)}
+        RunConfig(**settings)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"--resume {folder}: {path} cannot be read ({first_line(error)}); name a folder that a run was made in") from error
+    if saved.get("sha256", digest(settings)) != digest(settings):
+        raise ValueError(f"--resume {folder}: {path} is not what the run wrote: its SHA-256 differs, and with other settings it would be "
+                         f"another run; put the file back, or start a new run from its newest checkpoint's model/")
+    return settings
+
+
+def digest(settings):
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def find(name):
-    """A path as given; or, if there is none from here, below the project's own folder; or a hub id, left as it is."""
-    return str(ROOT / name) if not os.path.exists(name) and (ROOT / name).exists() else name
+    """A path as given; or, if there is none from here, below the project's own folder; or a hub id, left as it is.
+
+    ValueError: a folder with a manifest, so one that plainppo wrote, which is no longer what it wrote.
+    """
+    found = str(ROOT / name) if not os.path.exists(name) and (ROOT / name).exists() else name
+    problem = distributed.damage(found) if (Path(found) / distributed.MANIFEST).is_file() else None
+    if problem is not None:
+        raise ValueError(f"{found} cannot be loaded: {problem}; use an older one")
+    return found
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -226,8 +248,12 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def load_tokenizer(path):
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if not tokenizer("a").input_ids:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokens = tokenizer("a").input_ids
+    except Exception as error:      # tokenizers raises plain Exceptions
+        raise ValueError(f"the tokenizer of {path!r} cannot be loaded: {why_not_loaded(path, error, 'tokenizer.json')}") from error
+    if not tokens:
         raise ValueError(f"{path} has no usable tokenizer: it makes 0 tokens of 'a'; save the model's tokenizer beside its weights")
     return tokenizer
 
@@ -253,19 +279,47 @@ def load_prompts(config, tokenizer, num_processes, model_config):
     path = find(config.prompts)
     if not os.path.isfile(path):
         raise ValueError(f"prompts names {config.prompts!r}, which is not a file; give a text file with one prompt per line")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    # A repeated line counts once, or a prompt that is trained on could stand among those it is judged by.
-    prompts = [{"text": line, "tokens": torch.tensor(tokenizer(line).input_ids)} for line in dict.fromkeys(lines) if line]
+    prompts, size = [], getattr(model_config, "vocab_size", None)
+    for line, number in read_lines(path).items():
+        try:
+            tokens = tokenizer(line).input_ids
+        except Exception as error:      # tokenizers raises plain Exceptions
+            raise ValueError(f"{path}, line {number}: the tokenizer cannot read it ({first_line(error)}); leave it out") from error
+        if not tokens or (size is not None and max(tokens) >= size):
+            problem = "has no tokens" if not tokens else f"has token {max(tokens)} but the model has {size}: the tokenizer is another model's"
+            raise ValueError(f"{path}, line {number}: {line[:40]!r} {problem}; leave it out, or give the model its own tokenizer")
+        prompts.append({"text": line, "tokens": torch.tensor(tokens), "line": number})
     needed, kept = config.batch_size * num_processes, config.eval_prompts
     if len(prompts) < needed + kept:
         raise ValueError(f"{config.prompts} has {len(prompts)} different prompts but a step takes {needed} (batch_size x processes) "
                          f"and {kept} are kept for evaluation; use a smaller --eval_prompts and --batch_size, or more prompts")
     longest = max(prompts, key=lambda prompt: len(prompt["tokens"]))      # said now, not when its turn comes after an hour
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if limit is not None and len(longest["tokens"]) + config.max_new_tokens > limit:
-        raise ValueError(f"the prompt {longest['text'][:40]!r} has {len(longest['tokens'])} tokens and max_new_tokens is "
+    limit = getattr(model_config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if len(longest["tokens"]) + config.max_new_tokens > limit:
+        raise ValueError(f"{path}, line {longest['line']}: the prompt {longest['text'][:40]!r} has {len(longest['tokens'])} tokens and max_new_tokens is "
                          f"{config.max_new_tokens}, but the model has {limit} positions; shorten one of them")
     return prompts[:-kept], prompts[-kept:]
+
+
+def read_lines(path):
+    """-> {line: its number}, each once, without the empty ones. UTF-8, with or without a byte-order mark, with any system's line ends."""
+    try:
+        data = Path(path).read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        before, byte = error.object[:error.start], error.object[error.start]        # without the byte-order mark
+        number = len((before.decode("utf-8") + "-").splitlines())
+        raise ValueError(f"{path}, line {number}: byte {byte:#x} is not UTF-8; save the file as UTF-8, or mend that line") from error
+    # A repeated line counts once, or a prompt that is trained on could stand among those it is judged by.
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found.setdefault(line.strip(), number)
+    if not found:
+        raise ValueError(f"{path} has 0 prompts: all of its {len(lines)} lines are empty; give a text file with one prompt per line")
+    return found
 
 
 def timed_scores(trainer, reward, prompts, responses, where, finite=True):
@@ -308,6 +362,17 @@ class Evaluation:
     prompts: list
     responses: list
     scores: list
+
+    @classmethod
+    def read(cls, path):
+        """What was written to `path`; None when that is damaged: then the untrained policy, which is still there, is asked again."""
+        try:
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            assert len(found.prompts) == len(found.responses) == len(found.scores) > 0
+            assert all(isinstance(text, str) for text in found.prompts + found.responses) and math.isfinite(found.score)
+            return found
+        except (ValueError, TypeError, AssertionError, OverflowError):
+            return None
 
     @property
     def score(self):
@@ -388,6 +453,7 @@ class RunFolder:
         """-> (folder, None) with config.json and an empty metrics.jsonl in it, or (None, what is wrong)."""
         folder = Path(config.output_dir or f"runs/{Path(config.model_name).name}-N")
         versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
+        settings = dataclasses.asdict(config)
         try:
             if self.resumed:
                 return str(folder), None
@@ -396,7 +462,7 @@ class RunFolder:
             elif not unused(folder):
                 return None, f"{folder} already has a run or other files; choose another --output_dir or move it away"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
+            (folder / "config.json").write_text(json.dumps({**settings, "versions": versions, "sha256": digest(settings)}, indent=1))
             self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
         except OSError as error:
             return None, f"cannot write to the run folder {folder}: {error.strerror}; choose another --output_dir"
@@ -447,10 +513,10 @@ class RunFolder:
     def remember_before(self, evaluate):
         """The evaluation before the first step: made once, and kept in before.json for a run that is resumed."""
         path = self.folder / "before.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if self.main and self.resumed and path.is_file() else None
+        known = Evaluation.read(path) if self.main and self.resumed and path.is_file() else None
         known, = accelerate.utils.broadcast_object_list([known])
         if known is not None:
-            return Evaluation(**known)
+            return known
         before = evaluate()
         if self.main:
             replace_file(path, json.dumps(dataclasses.asdict(before)))

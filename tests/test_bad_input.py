@@ -3,7 +3,11 @@
 Each fault has to end in one sentence that names it, with nothing half done: weights and optimizer as they were, no model half loaded,
 no code of a file executed.
 """
+import dataclasses
+import io
 import json
+import pickle
+import random
 import re
 import shutil
 import subprocess
@@ -16,18 +20,21 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_distributed import HERE, ROOT, execute, launcher
-from test_ppo_core import GOLDEN
-from tokenizers import Tokenizer, models, pre_tokenizers
+from test_ppo_core import GOLDEN, ragged
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
 
 import rewards
 import train
 import worker
+from value_head import AutoModelForCausalLMWithValueHead, find_value_head
 
 long = pytest.mark.long
-UPDATES = ("loss", "gradients", "new log-probs", "new values")      # found in the update; all else before it
+# Found in the update; all else before it.
+UPDATES = {"first log-probs": ", epoch 1, optimizer step [12]",
+           **dict.fromkeys(("loss", "gradients", "new log-probs", "new values"), ", epoch 2, optimizer step [34]")}
 
 
 WORDS = "a the film story music actor is was feels good bad dull warm bright long short very quite too and".split()
@@ -97,11 +104,11 @@ def test_a_number_that_is_not_finite_is_refused_by_name_before_it_moves_anything
     first = found[0]
     assert all({**one, "same": 0} == {**first, "same": 0} for one in found), found      # all ranks agree, to the letter
     assert all(one["same"] for one in found), "weights or optimizer state are not what they were"
-    assert first["stage"] == place.removeprefix("new ")
+    assert first["stage"] == place.removeprefix("new ").removeprefix("first ")
     assert first["moments"] and first["steps_done"] == 0
     message = first["message"]
     rank = "" if way == "one" else ".*rank 1: "
-    epoch = ", epoch 2, optimizer step [34]" if place in UPDATES else ""
+    epoch = UPDATES.get(place, "")
     sample = {"weights": "the model's weights are not finite, .*mlp.c_fc.bias first", "gradients": r"gradient of .* is not finite, over samples \d, \d"}.get(
         place, rf"sample 1 of {8 // len(found)} \(mini-batch [12]\) (are|is) {'inf|-inf' if number == 'inf' else 'nan'}")
     assert re.match(f"{rank}step {first['step']}{epoch}: .*{sample}", message) and "\n" not in message, message
@@ -249,7 +256,7 @@ def test_a_reward_in_time_leaves_no_clock_behind():
     ("return [None] * len(responses)", "score 0 of 4 is None, not one number"),
     ("return [float('-inf')] * len(responses)", "score 0 of 4 is -inf"), ("return [1j] * len(responses)", "score 0 of 4 is 1j"),
     ("raise RuntimeError('out of luck')", "raised RuntimeError: out of luck .mine.py, line 2."),
-    ("import sys; sys.exit()", "raised SystemExit:")])
+    ("import sys; sys.exit()", "raised SystemExit .mine.py, line 2.")])
 def test_what_a_reward_may_not_do_is_one_sentence(body, words, tmp_path):
     (tmp_path / "mine.py").write_text(f"def score(prompts, responses):\n    {body}\n")
     with pytest.raises(ValueError, match=words) as caught:
@@ -261,3 +268,408 @@ def test_what_a_reward_may_not_do_is_one_sentence(body, words, tmp_path):
 def test_a_reward_timeout_that_makes_no_sense_is_refused(value, small, tmp_path):
     with pytest.raises(ValueError, match=f"reward_timeout is {float(value)}"):
         train.main(flags(small, tmp_path / "run", "--reward_timeout", value))
+
+
+# ------------------------------------------------------------------------------------------------------ bad files
+
+
+def mutate(folder, stranger, names, dice):
+    """Spoil one file of `folder` by a seeded `random.Random`. stranger: a file of something else. -> what was done, in words."""
+    path = folder / dice.choice(names)
+    data = bytearray(path.read_bytes())
+    kinds = ["truncate", "flip", "noise", "append", "delete", "foreign", "empty", "spaces", *["value", "key"] * 2 * (path.suffix == ".json")]
+    kind = dice.choice(kinds)
+    if kind == "truncate":
+        data = data[:dice.randrange(len(data))]
+    elif kind == "flip":                # half of them in the first 2,000 bytes, where a file says what it is
+        data[dice.randrange(dice.choice([len(data), min(len(data), 2000)]))] ^= 1 << dice.randrange(8)
+    elif kind == "noise":
+        start = dice.randrange(len(data))
+        data[start:start + 40] = dice.randbytes(len(data[start:start + 40]))
+    elif kind == "append":
+        data += dice.randbytes(dice.randrange(1, 40))
+    elif kind == "foreign":
+        data = bytearray(stranger.read_bytes())
+    elif kind == "empty":
+        data = bytearray()
+    elif kind == "spaces":              # the same JSON; of any other file not the same
+        data = data + b"\n  "
+    elif kind in ("value", "key"):
+        data = bytearray(json.dumps(change(json.loads(data), kind, dice)).encode())
+    path.unlink() if kind == "delete" else path.write_bytes(data)
+    return f"{kind} in {path.relative_to(folder)}"
+
+
+def change(tree, kind, dice):
+    """One entry of a JSON tree deleted, or its value another: of another type, or out of range."""
+    places, todo = [], [tree]
+    while todo:
+        node = todo.pop()
+        for key in (node if isinstance(node, dict) else range(len(node))):
+            places.append((node, key))
+            if isinstance(node[key], (dict, list)):
+                todo.append(node[key])
+    node, key = dice.choice(places)
+    if kind == "key":
+        del node[key]
+    else:
+        node[key] = dice.choice([None, "", "x", -1, 0, 1, 7, 0.5, True, [], [1], {}, {"a": 1}, float("inf"), float("nan")])
+    return tree
+
+
+class Target:
+    """A copy of `source` that is spoilt again and again. load(folder) reads it; same(what it gave) tells what is accepted: "equal" or
+    "unseen", for what nobody can see without a manifest: another number in a foreign file that is sound by itself."""
+
+    def __init__(self, source, stranger, load, judge, names=None):
+        self.source, self.stranger, self.load, self.judge = source, stranger, load, judge
+        self.names = names or sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.is_file())
+
+    def attack(self, folder, seed):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.source, folder)
+        done = mutate(folder, self.stranger, self.names, random.Random(seed))
+        try:
+            found = self.load(folder)
+        except ValueError as error:         # anything else, a PanicException included, fails the test
+            text = str(error)
+            assert type(error) is ValueError and "\n" not in text and len(text) < 900, (done, text)
+            assert folder.name in text, f"{done}: the sentence names no file: {text}"
+            return "refused"
+        verdict = self.judge(folder, found)
+        assert verdict in ("equal", "unseen"), (done, verdict)
+        return verdict
+
+
+def judge_model(folder, model):
+    """Every tensor is the file's, whatever the file is now: nothing was made up, nothing left out."""
+    file, own = load_file(folder / "model.safetensors"), model.state_dict()
+    if not all(torch.equal(tensor.float(), own[name].float()) or tensor.isnan().any() for name, tensor in file.items()):
+        return "half loaded"
+    left = set(own) - set(file) - {"lm_head.weight"}        # tied to the embedding
+    if left and not (left == {"v_head.summary.weight", "v_head.summary.bias"}):
+        return f"made up: {left}"
+    return "unseen"
+
+
+@pytest.fixture(scope="module")
+def targets(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("targets")
+    other = folder / "other.safetensors"
+    save_file({"a": torch.ones(3)}, other)
+    torch.manual_seed(0)
+    trainer = worker.make({"batch_size": 4}, "adam")
+    trainer.step(*ragged())
+    trainer.save_checkpoint(folder / "checkpoint")
+    trainer.step(*ragged(seed=1))
+    trainer.save_checkpoint(folder / "next")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    reader = worker.make({"batch_size": 4}, "adam")
+    untouched = worker.everything(reader)
+
+    def load_checkpoint(path):
+        try:
+            reader.load_checkpoint(path)
+        except ValueError:
+            assert worker.everything(reader) == untouched, "loaded in part"
+            raise
+        return worker.everything(reader)
+    expected = load_checkpoint(folder / "checkpoint")
+    untouched = expected
+
+    train.main(flags(small, folder / "run", steps=1))
+    (folder / "prompts").mkdir()
+    shutil.copy(small / "prompts.txt", folder / "prompts")
+    (folder / "config").mkdir()
+    shutil.copy(folder / "run" / "config.json", folder / "config")
+    settings = train.saved_settings(folder / "config")
+    (folder / "before").mkdir()
+    shutil.copy(folder / "run" / "before.json", folder / "before")
+    config = train.RunConfig(batch_size=4, eval_prompts=8, max_new_tokens=5, prompts="prompts.txt")
+    tokenizer, positions = train.load_tokenizer(small / "model"), GPT2Config(n_positions=60, vocab_size=97)
+
+    def load_prompts(path):
+        return sum(train.load_prompts(dataclasses.replace(config, prompts=str(path / "prompts.txt")), tokenizer, 1, positions), [])
+
+    def load_tokenizer(path):
+        try:
+            return train.load_tokenizer(str(path))("the film is good").input_ids
+        except ValueError:
+            raise
+        except Exception as error:          # a call comes later, in load_prompts, which says the line
+            assert "tokenizer" in str(type(error).__module__) or type(error) is Exception, error
+            return None
+
+    yield {
+        "model": Target(small / "model", other, AutoModelForCausalLMWithValueHead.from_pretrained, judge_model,
+                        ["config.json", "model.safetensors", "model.safetensors", "generation_config.json"]),
+        "tokenizer": Target(small / "model", other, load_tokenizer, lambda _, found: "unseen", ["tokenizer.json", "tokenizer_config.json"]),
+        "judge": Target(small / "judge", other, lambda path: rewards.score_texts(rewards.load_reward_model(path), ["the"], [" film"], finite=False),
+                        lambda _, found: "unseen" if len(found) == 1 else found),
+        "checkpoint": Target(folder / "checkpoint", folder / "next" / "model" / "model.safetensors", load_checkpoint,
+                             lambda _, found: "equal" if found == expected else "another state was loaded"),
+        "config": Target(folder / "config", other, train.saved_settings, lambda _, found: "equal" if found == settings else "other settings"),
+        "before": Target(folder / "before", other, lambda path: train.Evaluation.read(path / "before.json") if (path / "before.json").is_file() else None,
+                         lambda _, found: "equal" if found is None or found.score == found.score else "no score"),
+        "prompts": Target(folder / "prompts", other, load_prompts, lambda _, found: "unseen" if all(len(row["tokens"]) for row in found) else found),
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+TARGETS = ["model", "tokenizer", "judge", "checkpoint", "config", "before", "prompts"]
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(300, marks=long)])
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_damaged_file_is_refused_in_one_sentence_or_changes_nothing(name, count, targets, tmp_path):
+    """7 x 300 seeded mutations in test-long, 7 x 10 in make test."""
+    verdicts = [targets[name].attack(tmp_path / name, f"{name} {seed}") for seed in range(count)]
+    print(name, {verdict: verdicts.count(verdict) for verdict in set(verdicts)})
+    assert len(verdicts) == count and (name == "before" or verdicts.count("refused") > count / 4)
+    if name in ("checkpoint", "config"):        # what plainppo writes has sums: nothing is unseen
+        assert "unseen" not in verdicts
+
+
+def test_a_bit_of_a_checkpoint_that_flips_is_found_wherever_it_is(targets, tmp_path):
+    """Every 97th byte of every file, the manifest too."""
+    target = targets["checkpoint"]
+    for name in target.names:
+        data = (target.source / name).read_bytes()
+        for position in range(0, len(data), max(97, len(data) // 10)):
+            shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
+            shutil.copytree(target.source, tmp_path / "checkpoint")
+            (tmp_path / "checkpoint" / name).write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1:])
+            with pytest.raises(ValueError, match="checkpoint cannot be loaded: "):
+                target.load(tmp_path / "checkpoint")
+
+
+def test_a_whole_checkpoint_of_another_model_changes_nothing(tmp_path, small):
+    from test_ppo_core import make
+    AcceleratorState._reset_state(reset_partial_state=True)
+    make("llama").save_checkpoint(tmp_path / "llama")
+    trainer = make("gpt2")
+    trainer.step(*ragged())                         # other weights than those of the checkpoints below
+    before = worker.everything(trainer)
+    with pytest.raises(ValueError, match="it is of another model"):
+        trainer.load_checkpoint(tmp_path / "llama")
+    # the same model, another optimizer's state: refused before the weights are touched
+    make("gpt2", optimizer=lambda model: torch.optim.SGD(list(model.parameters())[3:], lr=0.1)).save_checkpoint(tmp_path / "part")
+    with pytest.raises(ValueError, match="the saved optimizer has groups of"):
+        trainer.load_checkpoint(tmp_path / "part")
+    assert worker.everything(trainer) == before
+
+
+def test_a_damaged_final_model_or_run_config_stops_a_run_before_it_begins(small, tmp_path):
+    train.main(flags(small, tmp_path / "run", "--save_every", "1", steps=2))
+    (tmp_path / "run" / "summary.json").unlink()
+    config = (tmp_path / "run" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(config.replace('"learning_rate": 0.0004', '"learning_rate": 0.0005'))
+    with pytest.raises(ValueError, match="config.json is not what the run wrote: its SHA-256 differs"):
+        train.main(["--resume", str(tmp_path / "run")])
+    (tmp_path / "run" / "config.json").write_text(config)
+    (tmp_path / "run" / "before.json").write_text('{"prompts": [')         # is asked for again
+    train.main(["--resume", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "before.json").read_text())["prompts"]
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "model")
+    data = bytearray((tmp_path / "model" / "optimizer.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model" / "optimizer.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="model cannot be loaded: optimizer.safetensors is not what was written"):
+        train.main(flags(small, tmp_path / "other", "--model_name", str(tmp_path / "model")))
+
+
+# ------------------------------------------------------------------------------------------- nothing is executed
+
+
+class Bomb:
+    """A pickle that creates a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def bombs(path):
+    """One payload, in each form in which a .bin or .pkl file may be."""
+    zipped, older = io.BytesIO(), io.BytesIO()
+    torch.save({"v_head.summary.weight": Bomb(path), "a": torch.ones(2)}, zipped)
+    torch.save({"v_head.summary.weight": Bomb(path)}, older, _use_new_zipfile_serialization=False)
+    return {"zip": zipped.getvalue(), "older": older.getvalue(), "pickle": pickle.dumps(Bomb(path))}
+
+
+BOMB_PLACES = ["pytorch_model.bin", "adapter_model.bin", "adapter_model.safetensors", "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin",
+               "random_states_0.pkl", "rng_state.pth", "tokenizer.model", "vocab.pkl", "vocab.bin", "merges.txt", "spiece.model", "added_tokens.json",
+               "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
+               "custom_generate/generate.py", "data.pkl", "value_head.bin", "v_head.bin", "zero/mp_rank_00_model_states.pt", "latest"]
+
+
+def try_everything(folder):
+    """Every way in which plainppo opens a folder. Each may refuse it. -> the sentences."""
+    said = []
+    for load in (AutoModelForCausalLMWithValueHead.from_pretrained, lambda path: train.load_tokenizer(str(path)), rewards.load_reward_model):
+        try:
+            load(folder)
+        except ValueError as error:
+            said.append(str(error))
+            assert "\n" not in said[-1]
+    return said
+
+
+@pytest.mark.parametrize("form", ["zip", pytest.param("older", marks=long), pytest.param("pickle", marks=long)])
+@pytest.mark.parametrize("source", ["model", "judge"])
+def test_a_pickle_is_executed_nowhere_a_loader_looks(source, form, small, tmp_path):
+    fired = tmp_path / "fired"
+    bomb = bombs(fired)[form]
+    pickle.loads(bomb) if form == "pickle" else torch.load(io.BytesIO(bomb), weights_only=False)
+    fired.unlink()                              # it is live: this set it off
+    for place in BOMB_PLACES:
+        folder = tmp_path / source / place.replace("/", "-")
+        shutil.copytree(small / source, folder)
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_bytes(bomb)
+        if place.startswith("adapter"):
+            (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": str(small / source)}))
+        try_everything(folder)
+        (folder / "model.safetensors").unlink()                 # now what lies beside it is all there is
+        assert try_everything(folder)
+    (folder / "model.safetensors").write_bytes(bomb)            # or it is under that very name
+    assert len(try_everything(folder)) >= 2
+    assert not fired.exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "older"])
+def test_weights_that_are_a_pickle_with_code_are_refused_in_one_sentence(form, small, tmp_path):
+    shutil.copytree(small / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(bombs(tmp_path / "fired")[form])
+    with pytest.raises(ValueError, match="holds more than tensors, which a pickle could execute, and nothing of it was; get safetensors"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "model")
+    # the head of a sharded model is read by our own code
+    index = {"metadata": {}, "weight_map": {"v_head.summary.weight": "head.bin"}}
+    (tmp_path / "model" / "pytorch_model.bin").rename(tmp_path / "model" / "head.bin")
+    (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(pickle.UnpicklingError):
+        find_value_head(str(tmp_path / "model"))
+    assert not (tmp_path / "fired").exists()
+
+
+def test_a_checkpoint_with_a_pickle_in_any_place_is_refused_and_none_is_executed(targets, tmp_path):
+    target = targets["checkpoint"]
+    for name in [*target.names, "optimizer.bin", "random-0.pkl", "random_states_0.pkl", "model/pytorch_model.bin", "zero/x.pt", "custom.pkl"]:
+        folder = tmp_path / "checkpoint"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(target.source, folder)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(bombs(tmp_path / "fired")["zip"])
+        with pytest.raises(ValueError, match="checkpoint cannot be loaded: "):
+            target.load(folder)
+    assert not (tmp_path / "fired").exists()
+    assert {path.suffix for path in target.source.rglob("*") if path.is_file()} == {".json", ".safetensors"}      # and none is written
+
+
+@pytest.mark.parametrize("source, auto_map", [("model", {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}),
+                                              ("judge", {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"})])
+@pytest.mark.parametrize("known", [False, True])
+def test_code_that_a_model_brings_is_not_executed_unless_the_user_says_so(source, auto_map, known, small, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")           # what transformers would ask the terminal
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / source
+    shutil.copytree(small / source, folder)
+    code = f"open({str(tmp_path / 'fired')!r}, 'w')\nfrom transformers import GPT2Config as Config, GPT2LMHeadModel as Model\n"
+    for name in ("evil.py", "tokenizer_evil.py"):
+        (folder / name).write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": auto_map, **({} if known else {"model_type": "evil"})}))
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokens, "auto_map": {"AutoTokenizer": ["tokenizer_evil.T", None]}}))
+    said = try_everything(folder)
+    assert not (tmp_path / "fired").exists()
+    if not known:
+        assert any("brings code of its own, which is executed only where the user says trust_remote_code=True" in text for text in said), said
+        if source == "model":
+            with pytest.raises(Exception):      # the code is there to be executed, and this says so
+                AutoModelForCausalLMWithValueHead.from_pretrained(folder, trust_remote_code=True).missing
+            assert (tmp_path / "fired").exists()
+
+
+def test_the_pins_are_newer_than_the_known_holes():
+    pins = re.findall(r"^(torch|transformers)==(\d+)\.(\d+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    least = {"torch": (2, 10), "transformers": (5, 3)}      # torch.load(weights_only=True), and code executed from a model's folder
+    assert {name for name, *_ in pins} == set(least) and len(pins) == 3
+    assert all((int(major), int(minor)) >= least[name] for name, major, minor in pins)
+
+
+# ------------------------------------------------------------------------------------------------------- bad text
+
+
+LINES = "".join(f"the {a} {b}\n" for a in WORDS for b in WORDS)
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"", "prompts.txt has 0 prompts: all of its 0 lines are empty; give a text file with one prompt per line"),
+    (b"\n\n\n", "has 0 prompts: all of its 3 lines are empty"), (b"  \t \r\n\x0b\n \xc2\xa0 \n", "has 0 prompts: all of its"),
+    (b"\xef\xbb\xbf", "has 0 prompts: all of its 0 lines are empty"),
+    (LINES.encode() + b"a film\n\nthe caf\xe9\n", f"prompts.txt, line {LINES.count(chr(10)) + 3}: byte 0xe9 is not UTF-8; save the file as UTF-8"),
+    (b"\xef\xbb\xbfa film\n\xe9\n", "prompts.txt, line 2: byte 0xe9 is not UTF-8"), (LINES.encode("utf-16"), "prompts.txt, line 1: byte 0xff is not UTF-8"),
+    (LINES.encode() + b"the film " * 120_000 + b"\n", f"prompts.txt, line {LINES.count(chr(10)) + 1}: the prompt 'the film .* has 240000 tokens and "
+                                                        "max_new_tokens is 5, but the model has 60 positions; shorten one of them"),
+    (LINES.encode() + b"the " * 56 + b"\n", "has 56 tokens and max_new_tokens is 5, but the model has 60 positions"),
+    ("".join(f"a {word}\n" for word in WORDS[:10]).encode(), "has 10 different prompts but a step takes 64 .batch_size x processes. and 8 are kept"),
+    (("the film\n" * 500).encode(), "has 1 different prompts but a step takes 64")])
+def test_prompts_that_cannot_be_trained_on_are_said_before_anything_is_computed(content, words, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.PPOTrainer, "generate", lambda *a, **k: pytest.fail("something was computed"))
+    (tmp_path / "prompts.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        train.main(flags(small, tmp_path / "run", "--batch_size", "64", "--mini_batch_size", "32", "--prompts", str(tmp_path / "prompts.txt")))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def prompts_of(path, small, tokenizer=None):
+    config = train.RunConfig(batch_size=4, eval_prompts=8, max_new_tokens=5, prompts=str(path))
+    return train.load_prompts(config, tokenizer or train.load_tokenizer(small / "model"), 1, GPT2Config(n_positions=60, vocab_size=97))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_a_byte_order_mark_and_any_line_end_change_no_prompt(end, mark, small, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(mark + LINES.replace("\n", end).encode())
+    train_side, judged = prompts_of(tmp_path / "prompts.txt", small)
+    assert [row["text"] for row in train_side + judged] == LINES.splitlines()
+
+
+def test_a_prompt_without_tokens_or_with_a_strangers_token_is_said_by_its_line(small, tmp_path):
+    tokenizer = train.load_tokenizer(small / "model")
+    (tmp_path / "prompts.txt").write_text(LINES + "\n\u200b\n")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.normalizer = normalizers.Replace("\u200b", "")
+    number = LINES.count("\n") + 2
+    with pytest.raises(ValueError, match=f"line {number}: .* has no tokens; leave it out"):
+        prompts_of(tmp_path / "prompts.txt", small, PreTrainedTokenizerFast(tokenizer_object=words))
+    tokenizer.add_tokens([f"word{i}" for i in range(200)])
+    (tmp_path / "prompts.txt").write_text(LINES + "the word150\n")
+    with pytest.raises(ValueError, match=f"line {number - 1}: 'the word150' has token 173 but the model has 97: the tokenizer is another model's"):
+        prompts_of(tmp_path / "prompts.txt", small, tokenizer)
+
+
+def test_a_tokenizer_that_fails_on_a_line_is_said_with_that_line(small, tmp_path):
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[missing]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "prompts.txt").write_text("a film\nthe unknown\n")
+    with pytest.raises(ValueError, match="line 2: the tokenizer cannot read it .Exception: WordLevel error: .*leave it out"):
+        prompts_of(tmp_path / "prompts.txt", small, PreTrainedTokenizerFast(tokenizer_object=words))
+
+
+def test_a_buffer_of_older_days_is_left_out_and_a_layer_too_many_is_not(small, tmp_path):
+    """The files of gpt2 on the hub name their tensors from the inner model and keep each layer's causal mask."""
+    shutil.copytree(small / "model", tmp_path / "model")
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
+    save_file({**weights, "h.1.attn.bias": torch.ones(1), "h.1.attn.old_buffer": torch.ones(1), "pooler.dense.weight": torch.ones(1)},
+              tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "model")
+    assert torch.equal(model.pretrained_model.transformer.h[1].ln_1.weight, weights["h.1.ln_1.weight"])
+    save_file({**weights, "h.4.ln_1.weight": torch.ones(1)}, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="model' would be loaded in part: 1 tensors of its weights .*, h.4.ln_1.weight first"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "model")

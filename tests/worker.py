@@ -175,7 +175,7 @@ def bad_numbers(settings, optimizer="adam"):
     trainer, found, original = make(settings, optimizer), {}, PPOTrainer.optimizer_step
     step(trainer)                                               # the optimizer now has a state that could be spoilt
     for place, kind in itertools.product(PLACES, ("nan", "inf")):
-        done, moments, snapshots = trainer.steps_done, trainer.score_moments, [everything(trainer)]
+        done, moments, snapshots = trainer.steps_done, trainer.score_moments.state_dict(), [everything(trainer)]
 
         def watched(*arguments, **keywords):
             snapshots.append(everything(trainer))
@@ -185,7 +185,7 @@ def bad_numbers(settings, optimizer="adam"):
         stage, message = refusal(trainer)
         mend()
         found[f"{place} {kind}"] = {"stage": stage, "message": message, "same": everything(trainer) == snapshots[-1], "step": done + 1,
-                                    "moments": trainer.score_moments is moments, "steps_done": trainer.steps_done - done,
+                                    "moments": trainer.score_moments.state_dict() == moments, "steps_done": trainer.steps_done - done,
                                     "optimizer steps": len(snapshots) - 1, "then": refusal(trainer)[1]}
     return found, {}
 
@@ -220,13 +220,13 @@ def spoil_scores(trainer, number):
     return lambda: setattr(trainer, "step", original)
 
 
-def spoil_forward(trainer, number, output, reference=False, update=False):
-    """The first token of the response in one output of forward(): 0 = log-probs, 1 = values; recorded or in the second epoch."""
+def spoil_forward(trainer, number, output, reference=False, update=None):
+    """The first token of the response in one output of forward(): 0 = log-probs, 1 = values; recorded, or in an epoch of the update."""
     original = trainer.forward
 
     def forward(model, rows):
         outputs = list(original(model, rows))
-        now = "epoch 2" in trainer.where if update else not torch.is_grad_enabled()
+        now = update in trainer.where if update else not torch.is_grad_enabled()
         if bad_rank(trainer) and now and (model is trainer.ref_model) == reference:
             outputs[output] = outputs[output].masked_fill(of_sample_1(trainer, rows)[:, None] & (outputs[output] == outputs[output][:, :1]), number)
         return outputs
@@ -275,8 +275,9 @@ def spoil_gradients(trainer, number):
 
 PLACES = {"weights": spoil_weights, "scores": spoil_scores, "rewards": spoil_rewards, "loss": spoil_loss, "gradients": spoil_gradients,
           "log-probs": partial(spoil_forward, output=0), "reference log-probs": partial(spoil_forward, output=0, reference=True),
-          "values": partial(spoil_forward, output=1), "new log-probs": partial(spoil_forward, output=0, update=True),
-          "new values": partial(spoil_forward, output=1, update=True)}
+          "values": partial(spoil_forward, output=1), "first log-probs": partial(spoil_forward, output=0, update="epoch 1"),
+          "new log-probs": partial(spoil_forward, output=0, update="epoch 2"),
+          "new values": partial(spoil_forward, output=1, update="epoch 2")}
 
 
 def reward_model(settings):
