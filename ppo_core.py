@@ -423,7 +423,8 @@ class PPOTrainer:
         query_tensor: (Q,) -> (1, Q + R); or a list of (Q_i,) -> a list of (Q_i + R_i,), each cut after its first EOS.
         length_sampler: callable that gives max_new_tokens, per batch. batch_size: queries at once. return_prompt=False
         leaves the prompt out. generate_ref_response=True: -> (responses, responses of the reference).
-        ValueError: settings that would change the distribution (see sampling_arguments), or more tokens than positions.
+        ValueError: settings that would change the distribution (see sampling_arguments), or more tokens than positions; and of
+        it BadNumbers, on this process alone: logits that are not finite.
         """
         from distributed import generates_in_step, unwrapped_for_generation
         one = torch.is_tensor(query_tensor)
@@ -527,16 +528,13 @@ class PPOTrainer:
         BadNumbers on what is not finite, here or on the way: weights and optimizer are then as the optimizer step before left them.
         """
         from distributed import clear_device_cache, together
-        from rewards import kl_penalty, process_scores, token_rewards
+        from rewards import kl_penalty, token_rewards
         config, device = self.config, self.accelerator.device
         clock = Clock()
         with together(self.accelerator):        # a wrong argument on one rank stops all
             raw_scores = self.check_batch(queries, responses, scores, response_masks).to(device)          # (B,)
         self.where, self.in_hand = f"step {self.steps_done + 1}", (queries, responses, raw_scores.tolist())
-        moments = copy.copy(self.score_moments)     # takes its place at the end: a batch that is refused leaves no trace
-        if config.use_score_scaling:
-            moments.update(raw_scores, self.reduce)
-        scores = process_scores(raw_scores, moments if config.use_score_scaling else None, config.use_score_norm, config.score_clip)
+        scores, moments = self.scale_scores(raw_scores)
         queries, responses = [q.to(device) for q in queries], [r.to(device) for r in responses]
         batch = collate(queries, responses, response_masks, self.tokenizer.pad_token_id)
         mask = batch["mask"]                                                                              # (B, R)
@@ -582,6 +580,14 @@ class PPOTrainer:
         self.count_step()
         clock.lap("calc_stats")
         return {**stats, **clock.stats()}
+
+    def scale_scores(self, raw_scores):
+        """-> processed scores (B,), the moments of all scores so far: they become the trainer's own once the batch was not refused."""
+        from rewards import process_scores
+        config, moments = self.config, copy.copy(self.score_moments)
+        if config.use_score_scaling:
+            moments.update(raw_scores, self.reduce)
+        return process_scores(raw_scores, moments if config.use_score_scaling else None, config.use_score_norm, config.score_clip), moments
 
     def count_step(self):
         """A step is over. Call it yourself after BadNumbers if you go on: the schedule is to end on time."""

@@ -116,6 +116,26 @@ def test_a_number_that_is_not_finite_is_refused_by_name_before_it_moves_anything
     assert first["then"] is None                                # and the next step is taken
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_new_log_probs_that_are_not_finite_are_said_to_be_that_and_not_a_ratio_that_is_not_1(number):
+    trainer = worker.make({"batch_size": 8})        # one mini-batch, so the very first forward pass of the update
+    worker.spoil_forward(trainer, number, output=0, update="epoch 1")
+    stage, message = worker.refusal(trainer)
+    assert stage == "log-probs" and "the log-probs of sample 1 of 8 (mini-batch 1) are " in message
+
+
+def test_an_infinite_ratio_of_finite_log_probs_is_skipped_as_before():
+    """exp(100) is too large for float32: a policy that moved too far, and no number is bad."""
+    trainer = worker.make({"batch_size": 8, "ppo_epochs": 2}, "adam")
+    original = trainer.forward
+
+    def forward(model, rows):
+        logprobs, *rest = original(model, rows)
+        return (logprobs + 100.0 * ("epoch 2" in trainer.where and torch.is_grad_enabled()), *rest)
+    trainer.forward = forward
+    assert worker.step(trainer)["ppo/skipped_steps"] == 1
+
+
 SOMETIMES = """
 calls = []
 def score(prompts, responses):
