@@ -450,6 +450,26 @@ def test_a_damaged_file_is_refused_in_one_sentence_or_changes_nothing(name, coun
         assert "unseen" not in verdicts
 
 
+@pytest.mark.parametrize("layers", [0, 2])
+def test_a_reward_model_of_fewer_or_more_layers_than_its_file_is_refused(layers, small, tmp_path):
+    shutil.copytree(small / "judge", tmp_path / "judge")
+    config = json.loads((tmp_path / "judge" / "config.json").read_text())
+    (tmp_path / "judge" / "config.json").write_text(json.dumps({**config, "n_layer": layers}))
+    with pytest.raises(ValueError, match=f"judge' would be loaded in part: 1[12] tensors .*, transformer.h.{layers // 2}.attn.c_attn"):
+        rewards.load_reward_model(tmp_path / "judge")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"files": {"trainer.json": {"bytes": 1e999, "sha256": "0"}}}', '{"files": {"trainer.json": []}}'])
+def test_json_that_is_no_manifest_or_config_is_said_to_be_none(text, targets, tmp_path):
+    shutil.copytree(targets["checkpoint"].source, tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="checkpoint cannot be loaded: its manifest.json cannot be read"):
+        targets["checkpoint"].load(tmp_path / "checkpoint")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="config.json cannot be read"):
+        train.saved_settings(tmp_path)
+
+
 def test_a_bit_of_a_checkpoint_that_flips_is_found_wherever_it_is(targets, tmp_path):
     """Every 97th byte of every file, the manifest too."""
     target = targets["checkpoint"]
