@@ -296,8 +296,8 @@ def load_prompts(config, tokenizer, num_processes, model_config):
     longest = max(prompts, key=lambda prompt: len(prompt["tokens"]))      # said now, not when its turn comes after an hour
     limit = getattr(model_config, "max_position_embeddings", None) or tokenizer.model_max_length
     if len(longest["tokens"]) + config.max_new_tokens > limit:
-        raise ValueError(f"{path}, line {longest['line']}: the prompt {longest['text'][:40]!r} has {len(longest['tokens'])} tokens and max_new_tokens is "
-                         f"{config.max_new_tokens}, but the model has {limit} positions; shorten one of them")
+        raise ValueError(f"{path}, line {longest['line']}: the prompt {longest['text'][:40]!r} has {len(longest['tokens'])} tokens and "
+                         f"max_new_tokens is {config.max_new_tokens}, but the model has {limit} positions; shorten one of them")
     return prompts[:-kept], prompts[-kept:]
 
 

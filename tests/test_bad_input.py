@@ -109,7 +109,8 @@ def test_a_number_that_is_not_finite_is_refused_by_name_before_it_moves_anything
     message = first["message"]
     rank = "" if way == "one" else ".*rank 1: "
     epoch = UPDATES.get(place, "")
-    sample = {"weights": "the model's weights are not finite, .*mlp.c_fc.bias first", "gradients": r"gradient of .* is not finite, over samples \d, \d"}.get(
+    sample = {"weights": "the model's weights are not finite, .*mlp.c_fc.bias first",
+              "gradients": r"gradient of .* is not finite, over samples \d, \d"}.get(
         place, rf"sample 1 of {8 // len(found)} \(mini-batch [12]\) (are|is) {'inf|-inf' if number == 'inf' else 'nan'}")
     assert re.match(f"{rank}step {first['step']}{epoch}: .*{sample}", message) and "\n" not in message, message
     assert (first["optimizer steps"] > 0) == (place in UPDATES)
@@ -146,7 +147,8 @@ def score(prompts, responses):
 
 def test_a_bad_batch_stops_the_run_is_kept_and_so_is_the_checkpoint_before(small, tmp_path):
     (tmp_path / "mine.py").write_text(SOMETIMES)
-    with pytest.raises(ValueError, match=r"step 2: the scores of sample 2 of 4 \(mini-batch 2\) are inf.*batch is in .*bad_batch.safetensors") as caught:
+    words = r"step 2: the scores of sample 2 of 4 \(mini-batch 2\) are inf.*batch is in .*bad_batch.safetensors"
+    with pytest.raises(ValueError, match=words) as caught:
         train.main(flags(small, tmp_path / "run", "--save_every", "1", reward=tmp_path / "mine.py"))
     assert "\n" not in str(caught.value)
     batch = load_file(tmp_path / "run" / "bad_batch.safetensors")
@@ -172,8 +174,9 @@ def test_a_bad_batch_is_skipped_if_asked_for_and_the_run_goes_on(small, tmp_path
     assert not torch.equal(first["transformer.wte.weight"], second["transformer.wte.weight"])
 
 
-@pytest.mark.parametrize("choice, words", [("stop", "step 1, epoch 1, optimizer step 2: the log-probs of sample . of 4 .* are nan; .*lower the learning rate"),
-                                           ("skip", "step 2, rollout: the logits of sample 0 of 4 are not finite, .*lower the learning rate")])
+@pytest.mark.parametrize("choice, words", [
+    ("stop", "step 1, epoch 1, optimizer step 2: the log-probs of sample . of 4 .* are nan; .*lower the learning rate"),
+    ("skip", "step 2, rollout: the logits of sample 0 of 4 are not finite, .*lower the learning rate")])
 def test_a_policy_that_diverged_ends_the_run_with_one_sentence(choice, words, small, tmp_path):
     """Also where bad batches are skipped: it would spoil all that follow."""
     with pytest.raises(ValueError, match=words):
@@ -429,9 +432,11 @@ def targets(small, tmp_path_factory):
         "checkpoint": Target(folder / "checkpoint", folder / "next" / "model" / "model.safetensors", load_checkpoint,
                              lambda _, found: "equal" if found == expected else "another state was loaded"),
         "config": Target(folder / "config", other, train.saved_settings, lambda _, found: "equal" if found == settings else "other settings"),
-        "before": Target(folder / "before", other, lambda path: train.Evaluation.read(path / "before.json") if (path / "before.json").is_file() else None,
+        "before": Target(folder / "before", other,
+                         lambda path: train.Evaluation.read(path / "before.json") if (path / "before.json").is_file() else None,
                          lambda _, found: "equal" if found is None or found.score == found.score else "no score"),
-        "prompts": Target(folder / "prompts", other, load_prompts, lambda _, found: "unseen" if all(len(row["tokens"]) for row in found) else found),
+        "prompts": Target(folder / "prompts", other, load_prompts,
+                          lambda _, found: "unseen" if all(len(row["tokens"]) for row in found) else found),
     }
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -539,10 +544,12 @@ def bombs(path):
     return {"zip": zipped.getvalue(), "older": older.getvalue(), "pickle": pickle.dumps(Bomb(path))}
 
 
-BOMB_PLACES = ["pytorch_model.bin", "adapter_model.bin", "adapter_model.safetensors", "training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.bin",
-               "random_states_0.pkl", "rng_state.pth", "tokenizer.model", "vocab.pkl", "vocab.bin", "merges.txt", "spiece.model", "added_tokens.json",
-               "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json",
-               "custom_generate/generate.py", "data.pkl", "value_head.bin", "v_head.bin", "zero/mp_rank_00_model_states.pt", "latest"]
+BOMB_PLACES = [
+    "pytorch_model.bin", "adapter_model.bin", "adapter_model.safetensors", "training_args.bin", "optimizer.bin", "optimizer.pt",
+    "scheduler.bin", "random_states_0.pkl", "rng_state.pth", "tokenizer.model", "vocab.pkl", "vocab.bin", "merges.txt", "spiece.model",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "model.safetensors.index.json",
+    "pytorch_model.bin.index.json", "custom_generate/generate.py", "data.pkl", "value_head.bin", "v_head.bin",
+    "zero/mp_rank_00_model_states.pt", "latest"]
 
 
 def try_everything(folder):
