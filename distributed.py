@@ -380,6 +380,15 @@ def whole_numel(parameter):
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def not_finite_weights(model):
+    """-> name of the first tensor with a NaN or infinity in what this process holds of it; None when all are finite."""
+    own = {name: getattr(p, "ds_tensor", p).detach() for name, p in unwrap(model).named_parameters()}
+    # A sum reads them fastest. It may overflow where no weight is infinite, so it only says that one must look.
+    if torch.stack([tensor.sum().float() for tensor in own.values()]).isfinite().all():
+        return None
+    return next((name for name, tensor in own.items() if not tensor.isfinite().all()), None)
+
+
 # ------------------------------------------------------------------------------------------------- optimizer steps
 
 
@@ -404,21 +413,26 @@ def take_step(accelerator, model, optimizer, max_grad_norm=None):
     """
     if accelerator.state.deepspeed_plugin is not None:
         model.step()                            # clips by the value that prepare_model put into its settings, and forgets
-        return finite(model.get_global_grad_norm())
+        # ZeRO-3 keeps the norm of the step before where it did not take this one.
+        return finite(model.get_global_grad_norm()) if model.was_step_applied() else None
     # What this optimizer moves, which may be a part of the model. A list: an iterator would be empty from the second step on.
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    if max_grad_norm is None:       # clip_grad_norm_ would multiply every gradient, if only by 1
-        accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    else:
-        norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
-    norm = finite(norm)
+    accelerator.unscale_gradients()             # fp16
+    # Not clip_grad_norm_: it would multiply by a norm that is not finite, and nobody could tell any more which gradient was bad.
+    norm = finite(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if norm is not None:
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm))
         optimizer.step()
         model.zero_grad()
     elif accelerator.scaler is not None:
         accelerator.scaler.update()             # fp16 overflowed: lower the scale, and be ready for the next backward pass
     return norm
+
+
+def scales_loss(accelerator, model):
+    """True in fp16, where the loss is multiplied until gradients overflow now and then; the scale is lowered, and training goes on."""
+    return accelerator.scaler is not None if accelerator.state.deepspeed_plugin is None else model.fp16_enabled()
 
 
 def finite(number):
@@ -532,7 +546,7 @@ def damage(folder):
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
     if there != set(expected):

@@ -19,8 +19,10 @@ Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer
 Copy me: the settings and the functions need torch and numpy; PPOTrainer needs the five files beside this one.
 Tested by tests/test_ppo_core.py and, number by number against TRL, tests/test_golden.py.
 """
+import copy
 import json
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -336,6 +338,10 @@ TERMS = (
     "val/mean",                 # recorded values
     "val/square",               # becomes val/var
 )
+# Of these, what stops an update when it is not finite, and the stage that is said. An infinite ratio of finite log-probs is none of
+# them: that is a policy that moved too far, and ratio_threshold's business.
+NEEDED = {"policy/policykl": "log-probs", "val/vpred": "values", "loss/value": "loss", "loss/policy": "loss"}
+WEIGHTS = "the model's weights are not finite, {} first; go back to an older checkpoint, with a lower learning rate"
 
 
 class LengthSampler:
@@ -426,7 +432,32 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
     return arguments
 
 
+class FiniteLogits:
+    """Stands among the logits processors of `generate` and remembers the rows whose logits are not finite.
+
+    It also replaces them, or torch.multinomial would raise from inside, and on a GPU take the whole process with it.
+    """
+
+    def __init__(self):
+        self.bad = None                                                                                   # (rows,)
+
+    def __call__(self, input_ids, scores):
+        # A maximum hands on NaN and infinity. -inf is a token that a model rules out, unless it is all that is left.
+        bad = ~scores.amax(-1).isfinite()
+        self.bad = bad if self.bad is None else self.bad | bad
+        return scores.masked_fill_(bad[:, None], 0.0)       # (rows, V), the sampler's own copy
+
+
 # ------------------------------------------------------------------------------------------------------ the trainer
+
+
+class BadNumbers(ValueError):
+    """NaN or infinity where a number must be, refused before any weight was moved by it. `step` raises it on all processes together.
+
+    stage: "weights", "scores", "log-probs", "reference log-probs", "values", "rewards", "loss", "gradients" or "rollout".
+    queries, responses, scores: the batch of this process as it was given; after a rollout, the queries alone.
+    """
+    stage, queries, responses, scores = None, (), (), ()
 
 
 class PPOTrainer:
@@ -495,6 +526,7 @@ class PPOTrainer:
         # many on each, so there all are made at once.
         vocabulary = distributed.unwrap(self.model).config.vocab_size
         self.chunk = None if distributed.zero_stage(self.accelerator) == 3 else max(8, 2 ** 24 // vocabulary // 8 * 8)
+        self.where, self.in_hand = "", ((), (), ())     # what `refuse` says and hands on: the place; queries, responses, scores
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
         self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
 
@@ -508,7 +540,8 @@ class PPOTrainer:
         query_tensor: (Q,) -> (1, Q + R); or a list of (Q_i,) -> a list of (Q_i + R_i,), each cut after its first EOS.
         length_sampler: callable that gives max_new_tokens, per batch. batch_size: queries at once. return_prompt=False
         leaves the prompt out. generate_ref_response=True: -> (responses, responses of the reference).
-        ValueError: settings that would change the distribution (see sampling_arguments), or more tokens than positions.
+        ValueError: settings that would change the distribution (see sampling_arguments), or more tokens than positions; and of
+        it BadNumbers, on this process alone: logits that are not finite.
         """
         from distributed import generates_in_step, unwrapped_for_generation
         one = torch.is_tensor(query_tensor)
@@ -523,57 +556,63 @@ class PPOTrainer:
         plain = {k: v for k, v in arguments.items() if k not in HARMLESS} == sampling_arguments(self.config.temperature, {}) and \
             not {"max_length", "bos_token_id", "use_cache"} & set(arguments)
         arguments["synced_gpus"] = generates_in_step(self.accelerator, gather, batches=-(-len(queries) // batch_size))
-        results = []
+        results, self.in_hand = [], (queries, (), ())
         for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
             responses = []
             with unwrapped_for_generation(self.accelerator, model, gather) as bare:
                 for start in range(0, len(queries), batch_size):
                     if length_sampler is not None:
                         arguments["max_new_tokens"] = length_sampler()
-                    responses += self.generate_batch(bare, queries[start:start + batch_size], arguments,
+                    responses += self.generate_batch(bare, queries[start:start + batch_size], arguments, start,
                                                      plain and not arguments["synced_gpus"] and "max_new_tokens" in arguments)
             whole = [torch.cat([q.to(r.device), r]) if return_prompt else r for q, r in zip(queries, responses)]
             results.append(whole[0].unsqueeze(0) if one else whole)
         return tuple(results) if generate_ref_response else results[0]
 
-    def generate_batch(self, bare, queries, arguments, plain=False):
+    def generate_batch(self, bare, queries, arguments, start, plain=False):
         """One left-padded batch. queries: list of (Q_i,) -> list of responses (R_i,), EOS included where one was sampled.
 
-        plain: nothing but pure sampling is asked for, so `sample` may do it.
+        start: the number of the first query among all that `generate` was given. plain: nothing but pure sampling is asked for, so
+        `sample` may do it.
         """
         from transformers import GenerationConfig
+        watch = FiniteLogits()
         longest = max(len(q) for q in queries)
         self.check_positions(max(longest + arguments.get("max_new_tokens", 0), arguments.get("max_length", 0)), longest)
         pad = torch.nn.utils.rnn.pad_sequence
         flipped = pad([q.flip(0) for q in queries], batch_first=True, padding_value=self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(q) for q in queries])
         attention_mask = (torch.arange(longest) >= longest - lengths[:, None]).long()                     # (B, Q)
-        arguments = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id, **arguments}
+        arguments = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id, **arguments,
+                     "logits_processor": [*(arguments.get("logits_processor") or ()), watch]}
         device = self.accelerator.device
         stop = torch.as_tensor(arguments["eos_token_id"], device=device).view(-1)
         with self.accelerator.autocast():
             bare.eval()
             cache = roomy_cache(bare.config, even_size(longest) + arguments["max_new_tokens"]) if plain else None
             if cache is not None:
-                return self.sample(bare, flipped.flip(1).to(device), attention_mask.to(device), arguments["max_new_tokens"], stop, cache)
+                return self.sample(bare, flipped.flip(1).to(device), attention_mask.to(device), arguments["max_new_tokens"], stop, cache, start)
             shipped, bare.pretrained_model.generation_config = bare.pretrained_model.generation_config, GenerationConfig()
             try:
                 tokens = bare.generate(input_ids=flipped.flip(1).to(device), attention_mask=attention_mask.to(device),
                                        **arguments)
             finally:
                 bare.pretrained_model.generation_config = shipped
+        if watch.bad is not None and watch.bad.any():       # None: not one token was asked for
+            rows = len(watch.bad) // len(queries)           # more than 1 in a beam search
+            self.refuse_rollout(bare, start + int(watch.bad.nonzero()[0]) // rows)
         responses = tokens[:, longest:]                                                                   # (B, R)
         ended = torch.isin(responses, stop).long()
         # The tokens up to the first EOS of the response; one in the prompt is none of our business.
         lengths = (ended.cumsum(1) - ended == 0).sum(1)                                                   # (B,)
         return [row[:n] for row, n in zip(responses, lengths.tolist())]
 
-    def sample(self, bare, input_ids, attention_mask, new_tokens, stop, cache):
+    def sample(self, bare, input_ids, attention_mask, new_tokens, stop, cache, start):
         """Pure sampling at config.temperature, token by token. input_ids, attention_mask (B, Q) -> list of responses (R_i,).
 
         Rows that have ended are dropped from the batch and from its cache, where `generate` computes them to the end; and a token costs
         one random number, where torch.multinomial draws one for each entry of the vocabulary. stop: token ids that end a response.
-        cache: of roomy_cache, for even_size(Q) + new_tokens tokens.
+        cache: of roomy_cache, for even_size(Q) + new_tokens tokens. start: the number of the first row among all queries.
         """
         wider = even_size(input_ids.shape[1]) - input_ids.shape[1]
         input_ids, attention_mask = (torch.nn.functional.pad(each, (wider, 0)) for each in (input_ids, attention_mask))
@@ -583,6 +622,10 @@ class PPOTrainer:
         for t in range(new_tokens):
             last = torch.full_like(input_ids[:, :1], input_ids.shape[1] - 1)
             logits, *_ = bare(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logit_positions=last, use_cache=True)
+            # A maximum hands on NaN and infinity; of -inf one is a token that a model rules out, all are no distribution.
+            bad = ~logits[:, 0].amax(-1).isfinite()
+            if bad.any():
+                self.refuse_rollout(bare, start + int(rows[bad][0]))
             drawn = draw((logits[:, 0] / self.config.temperature).softmax(-1))                          # (b,)
             tokens[rows, t] = drawn
             ended = torch.isin(drawn, stop) & (lengths[rows] == new_tokens)
@@ -597,6 +640,36 @@ class PPOTrainer:
             input_ids, attention_mask = drawn.unsqueeze(1), torch.nn.functional.pad(attention_mask, (0, 1), value=1)
         return [row[:n] for row, n in zip(tokens, lengths.tolist())]
 
+    def refuse_rollout(self, model, sample):
+        """On this process alone, as a rollout need not be everybody's."""
+        from distributed import not_finite_weights
+        name = not_finite_weights(model)
+        cause = "though every weight is; lower the learning rate" if name is None else WEIGHTS.format(name)
+        error = BadNumbers(f"step {self.steps_done + 1}, rollout: the logits of sample {sample} of {len(self.in_hand[0])} are not finite, {cause}")
+        error.stage = "rollout" if name is None else "weights"
+        error.queries, error.responses, error.scores = self.in_hand
+        raise error
+
+    def check_weights(self):
+        """All processes raise BadNumbers if a weight is not finite: no batch would be to blame, and none could mend it."""
+        from distributed import not_finite_weights
+        name = not_finite_weights(self.model)
+        self.where = f"after step {self.steps_done}"
+        self.refuse("weights", None if name is None else WEIGHTS.format(name))
+
+    def refuse(self, stage, problem):
+        """All processes raise BadNumbers when one has a problem (half a sentence, or None), with everything that is known."""
+        from distributed import gather_lists, together
+        try:
+            with together(self.accelerator, BadNumbers):
+                if problem is not None:
+                    raise BadNumbers(f"{self.where}: {problem}")
+        except BadNumbers as error:
+            stages = [known for known in gather_lists(self.accelerator, [stage]) if known is not None]
+            error.stage = "weights" if "weights" in stages else stages[0]       # under ZeRO-3 one process holds a bad weight, and all suffer
+            error.queries, error.responses, error.scores = self.in_hand
+            raise
+
     def check_positions(self, tokens, query_tokens):
         from distributed import unwrap
         limit = getattr(unwrap(self.model).config, "max_position_embeddings", None)
@@ -610,18 +683,17 @@ class PPOTrainer:
         """One PPO step on B = batch_size responses. -> dict of statistics, the README's glossary says what each means.
 
         queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers or one-number tensors.
-        response_masks: B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say). ValueError on anything else.
+        response_masks: B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say). ValueError on anything else, and of it
+        BadNumbers on what is not finite, here or on the way: weights and optimizer are then as the optimizer step before left them.
         """
         from distributed import clear_device_cache, together
-        from rewards import kl_penalty, process_scores, token_rewards
+        from rewards import kl_penalty, token_rewards
         config, device = self.config, self.accelerator.device
         clock = Clock()
         with together(self.accelerator):        # a wrong argument on one rank stops all
             raw_scores = self.check_batch(queries, responses, scores, response_masks).to(device)          # (B,)
-        if config.use_score_scaling:
-            self.score_moments.update(raw_scores, self.reduce)
-        scores = process_scores(raw_scores, self.score_moments if config.use_score_scaling else None,
-                                config.use_score_norm, config.score_clip)
+        self.where, self.in_hand = f"step {self.steps_done + 1}", (queries, responses, raw_scores.tolist())
+        scores, moments = self.scale_scores(raw_scores)
         queries, responses = [q.to(device) for q in queries], [r.to(device) for r in responses]
         batch = collate(queries, responses, response_masks, self.tokenizer.pad_token_id)
         mask = batch["mask"]                                                                              # (B, R)
@@ -637,6 +709,9 @@ class PPOTrainer:
         if config.kl_penalty != "full":
             kl = kl_penalty(batch["logprobs"], ref_logprobs, config.kl_penalty)
         rewards, non_score_reward = token_rewards(scores, kl, mask, self.kl_ctl.value)                    # (B, R)
+        # Here, before a mean over all processes spreads it. The first cause comes first: what follows from it is not finite either.
+        self.check_finite({"scores": raw_scores, "log-probs": batch["logprobs"], "reference log-probs": ref_logprobs,
+                           "values": batch["values"], "rewards": rewards})
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False, reduce=self.reduce)
         clock.lap("compute_rewards")
@@ -660,11 +735,43 @@ class PPOTrainer:
         stats["ppo/policy/ratio"] = ratios.cpu()
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
         self.kl_ctl.update(stats["objective/kl"], config.batch_size * self.accelerator.num_processes)
+        self.score_moments = moments
+        self.count_step()
+        clock.lap("calc_stats")
+        return {**stats, **clock.stats()}
+
+    def scale_scores(self, raw_scores):
+        """-> processed scores (B,), the moments of all scores so far: they become the trainer's own once the batch was not refused."""
+        from rewards import process_scores
+        config, moments = self.config, copy.copy(self.score_moments)
+        if config.use_score_scaling:
+            moments.update(raw_scores, self.reduce)
+        return process_scores(raw_scores, moments if config.use_score_scaling else None, config.use_score_norm, config.score_clip), moments
+
+    def count_step(self):
+        """A step is over. Call it yourself after BadNumbers if you go on: the schedule is to end on time."""
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.steps_done += 1
-        clock.lap("calc_stats")
-        return {**stats, **clock.stats()}
+
+    def check_finite(self, numbers):
+        """Refuse a batch before it moves a weight. numbers: {stage: (B,) or (B, R), 0 outside the mask}; costs one sum of one number."""
+        from distributed import not_finite_weights
+        name = not_finite_weights(self.model)
+        if name is not None:
+            self.refuse("weights", WEIGHTS.format(name))
+        rows = {stage: tensor.reshape(len(tensor), -1) for stage, tensor in numbers.items()}                 # (B, 1) or (B, R)
+        stage = next((stage for stage, tensor in rows.items() if not tensor.isfinite().all()), None)
+        if stage is None:
+            return self.refuse(None, None)
+        sample = int((~rows[stage].isfinite()).any(1).nonzero()[0])
+        number = next(value for value in rows[stage][sample].tolist() if not math.isfinite(value))
+        self.refuse(stage, self.say_sample(stage, sample, sample, number))
+
+    def say_sample(self, stage, sample, position, number):
+        remedy = "mend or leave out that sample" if stage in ("scores", "rewards") else "look at that sample, or lower the learning rate"
+        return (f"the {stage} of sample {sample} of {self.config.batch_size} (mini-batch {1 + position // self.config.mini_batch_size}) "
+                f"{'is' if stage == 'loss' else 'are'} {number}; nothing was changed by it: {remedy}")
 
     def check_batch(self, queries, responses, scores, response_masks):
         """Refuse what cannot be trained on, before anything changes. -> scores (B,) float32."""
@@ -689,7 +796,7 @@ class PPOTrainer:
                 raise ValueError(f"response_masks[{i}] has {len(response_masks[i])} entries but response {i} has "
                                  f"{len(response)} tokens; they must be equal")
             self.check_positions(len(query) + len(response), len(query))
-        return check_scores(scores)
+        return check_scores(scores, finite=False)       # see check_finite
 
     def forward(self, model, rows, keep_logits=False):
         """-> logprobs, values, entropy (b, R), all at config.temperature and 0 outside the mask. rows: from `take`.
@@ -751,10 +858,11 @@ class PPOTrainer:
         """ppo_epochs passes over the batch. -> sums (optimizer steps, len(TERMS) + 3) over this process, ratios (tokens,)."""
         self.model.train()      # for gradient checkpointing, which sleeps in eval mode; there is no dropout left to wake
         sums, ratios = [], []
-        for _ in range(self.config.ppo_epochs):
+        for epoch in range(self.config.ppo_epochs):
             # numpy's global generator, as TRL: the same seed gives the same mini-batches there and here
             order = torch.from_numpy(np.random.permutation(self.config.batch_size)).to(batch["mask"].device)
             for index in order.split(self.config.backward_batch_size):
+                self.where = f"step {self.steps_done + 1}, epoch {epoch + 1}, optimizer step {len(sums) + 1}"
                 row, ratio = self.optimizer_step(batch, index, first=not sums)
                 sums.append(row)
                 ratios.append(ratio)
@@ -770,30 +878,36 @@ class PPOTrainer:
 
         The three extra sums: tokens, 1 if skipped, the gradient's norm (on the main process only, as sums are added up).
         """
-        from distributed import accumulate, backward, drop_step, take_step
+        from distributed import accumulate, backward, drop_step, scales_loss, take_step
         processes = self.accelerator.num_processes
         # The loss is a mean over the tokens of the whole optimizer step and of all processes. A mean of the mini-batches' means
         # would weigh a token in a short mini-batch more: with ragged responses the update was off by 25 %.
         tokens = self.reduce(batch["mask"][index].sum().float())
-        sums, ratios = torch.zeros(len(TERMS), dtype=torch.float64, device=tokens.device), []
+        samples, ratios = [], []
         # One process may also halve a mini-batch whose rows differ much in length: the sum over its tokens stays what it is. Several
         # must all do the same number of passes.
         parts = fill_by_length(batch["lengths"], index, self.config.mini_batch_size, saving=0.15 if processes == 1 else 1.0)
+        index = torch.cat(parts)
         for number, part in enumerate(parts):
             rows = take(batch, part)
             with accumulate(self.accelerator, self.model, last=number == len(parts) - 1):
                 loss, terms, ratio = self.minibatch_loss(rows, first=first and number == 0)
                 # times `processes`, because gradients are averaged over them and `tokens` already counts all
                 backward(self.accelerator, self.model, loss / tokens.clamp(min=1) * processes)
-            sums += terms
+            samples.append(terms)
             ratios.append(ratio)
+        samples = torch.cat(samples, 1)                                                                   # (len(TERMS), n)
+        sums = samples.sum(1)
         # Over all processes: all step or none does.
-        ratio, *losses = self.reduce(sums[[TERMS.index(name) for name in ("policy/ratio_mean", "loss/policy", "loss/value")]])
-        skip = not (tokens > 0 and ratio / tokens <= self.config.ratio_threshold and all(loss.isfinite() for loss in losses))
+        totals = dict(zip(TERMS, self.reduce(sums).tolist()))
+        self.check_update(totals, samples, index)
+        skip = not (tokens > 0 and totals["policy/ratio_mean"] / tokens <= self.config.ratio_threshold)
         norm = 0.0
         if not skip:
             norm = take_step(self.accelerator, self.model, self.optimizer, self.config.max_grad_norm)
-            skip = norm is None                             # infinite gradients of a finite loss
+            skip = norm is None
+            if skip and not scales_loss(self.accelerator, self.model):      # where it does, an overflow is its business and daily bread
+                self.refuse_gradients(index)
         if skip:
             drop_step(self.accelerator, self.model, self.optimizer)
             norm = 0.0
@@ -802,8 +916,31 @@ class PPOTrainer:
         return torch.cat([sums, torch.tensor([own, skip * main, norm * main], dtype=torch.float64, device=sums.device)]), \
             torch.cat(ratios)
 
+    def check_update(self, totals, samples, index):
+        """Refuse an optimizer step on rows `index` (n,) whose terms are not finite. totals: {term: sum over all processes}, by which
+        all decide alike; samples: (len(TERMS), n), this process's, by which the one to blame is found."""
+        from distributed import drop_step
+        ratio = math.isfinite(totals["policy/ratio_mean"])
+        term = next((name for name in NEEDED if not math.isfinite(totals[name]) and (ratio or name != "loss/policy")), None)
+        if term is None:
+            return
+        drop_step(self.accelerator, self.model, self.optimizer)
+        found = samples[TERMS.index(term)]                                                                # (n,)
+        problem = None
+        for at in (~found.isfinite()).nonzero()[:1].flatten().tolist():
+            problem = self.say_sample(NEEDED[term], int(index[at]), at, abs(float(found[at])))
+        self.refuse(NEEDED[term], problem)
+
+    def refuse_gradients(self, index):
+        """The loss was finite but its gradient, a sum over all samples of the optimizer step, is not."""
+        from distributed import drop_step, unwrap
+        name = next((name for name, p in unwrap(self.model).named_parameters() if p.grad is not None and not p.grad.isfinite().all()), None)
+        drop_step(self.accelerator, self.model, self.optimizer)
+        self.refuse("gradients", f"the gradient of {name or 'the weights'} is not finite, over samples {', '.join(map(str, index.tolist()))} of "
+                                 f"{self.config.batch_size}; no weight was moved by it")
+
     def minibatch_loss(self, rows, first):
-        """-> loss (): summed over tokens, terms (len(TERMS),): sums for the statistics, ratios (tokens,)."""
+        """-> loss (): summed over tokens, terms (len(TERMS), b): sums per sample, ratios (tokens,)."""
         config, mask = self.config, rows["mask"]                                                          # (b, r)
         new_logprobs, new_values, entropy = self.forward(self.model, rows)
         log_ratio = (new_logprobs - rows["logprobs"]) * mask
@@ -817,14 +954,15 @@ class PPOTrainer:
             terms = (pg_loss, vf_loss, entropy, 0.5 * log_ratio.square(), -log_ratio, clipped,
                      rows["advantages"], ratio, rows["returns"], rows["returns"].square(), new_values,
                      (new_values - rows["returns"]).square(), vf_clipped, rows["values"], rows["values"].square())
-            sums = torch.stack([(term.double() * mask).sum() for term in terms])
+            sums = torch.stack([(term.double() * mask).sum(1) for term in terms])
         return loss, sums, ratio.detach()[mask.bool()]
 
     def check_ratio(self, log_ratio, mask):
         """Nothing has been updated yet, so new and recorded log-probs are those of one network: the ratio must be 1."""
         difference, tolerance = log_ratio.detach().abs(), 1e-3 if self.exact else 0.1
         worst = float(difference.max() if self.exact else difference.sum() / mask.sum().clamp(min=1))
-        bad = self.reduce(torch.tensor(0.0 if worst <= tolerance else 1.0, device=log_ratio.device))    # all ranks stop, or none
+        fine = worst <= tolerance or not math.isfinite(worst)       # what is not finite is refused by name, see check_update
+        bad = self.reduce(torch.tensor(0.0 if fine else 1.0, device=log_ratio.device))    # all ranks stop, or none
         if bad > 0:
             raise RuntimeError(
                 f"the ratio is not 1 before the first update: log-probs differ by {worst:.3g} nats here, {tolerance} is "
@@ -918,6 +1056,7 @@ class PPOTrainer:
         from distributed import random_states, whole_folder, zero_stage
         from optim import pack_schedule, pack_state
         from safetensors.torch import save_file
+        self.check_weights()                    # or the checkpoint to go back to would be the one that cannot go on
         scaler = self.accelerator.scaler        # fp16's
         state = {"steps_done": self.steps_done, "kl_coef": self.kl_ctl.value, "score_moments": self.score_moments.state_dict(),
                  "lr_scheduler": None if self.lr_scheduler is None else pack_schedule(self.lr_scheduler),
@@ -975,8 +1114,10 @@ class PPOTrainer:
             assert loaded is not None, f"DeepSpeed found nothing in {folder / 'zero'}, though the manifest did"
             return
         weights = {name: tensor for path in sorted((folder / "model").glob("*.safetensors")) for name, tensor in load_file(path).items()}
-        load_weights(unwrap(self.model), weights)
+        pairs = match_weights(unwrap(self.model), weights)
         unpack_state(self.optimizer, load_file(folder / "optimizer.safetensors"), state["optimizer"])
+        for own, saved in pairs:        # only now that all of it fits: a model that is loaded in part is none
+            own.copy_(saved)
 
 
 class Clock:
@@ -994,21 +1135,22 @@ class Clock:
         return {**self.laps, "time/ppo/total": time.perf_counter() - self.start}
 
 
-def load_weights(model, weights):
-    """Copy saved tensors into the model's own, in place: what is shared with the reference stays shared.
+def match_weights(model, weights):
+    """-> list of (the model's own tensor, the saved one to copy into it): in place, so that what is shared with the reference stays so.
 
     Of tied tensors one name is saved. ValueError names a tensor that is missing, left over, or of another shape.
     """
-    own, done = model.state_dict(), set()
+    own, pairs = model.state_dict(), []
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"the checkpoint's {name} is {tuple(tensor.shape)} but the model's is "
                              f"{tuple(own[name].shape) if name in own else 'not there'}; it is of another model")
-        own[name].copy_(tensor)
-        done.add(own[name].data_ptr())
+        pairs.append((own[name], tensor))
+    done = {tensor.data_ptr() for tensor, _ in pairs}
     missing = [name for name, tensor in own.items() if tensor.data_ptr() not in done]
     if missing:
         raise ValueError(f"the checkpoint has {len(weights)} tensors but not {missing[0]}; it is of another model")
+    return pairs
 
 
 def quantized(model):

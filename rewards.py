@@ -10,15 +10,23 @@ Differs from TRL 0.11.4 in: score scaling works (there it raised AttributeError)
 batch; moments are those of all processes; an empty response gets no reward instead of an IndexError; an integer score works,
 NaN and infinity are refused by sample number.
 Shapes: scores (B,); logprobs, ref_logprobs, kl, mask, rewards (B, R), aligned as ppo_core.py draws it.
-Copy me: needs torch; load_reward_model needs transformers. Tested by tests/test_rewards.py.
+Copy me: needs torch and safetensors; load_reward_model needs transformers. Tested by tests/test_rewards.py.
 """
+import faulthandler
 import importlib.util
+import json
 import math
 import os
+import re
 import sys
+import threading
 import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import safe_open
 
 # ----------------------------------------------------------------------------------------------- text -> score
 
@@ -29,32 +37,86 @@ def load_reward_model(name, device="cpu", batch_size=64):
     The good label is the one called POSITIVE, or else the last; a model with a single output gives that output as it is.
     name: folder or hub id. ValueError when there is no such model.
     """
-    from transformers import AutoConfig, pipeline
+    from transformers import pipeline
     name = os.fspath(name)
-    try:
-        config = AutoConfig.from_pretrained(name)
-        # float32: the stored type may be half precision, which is slow and coarse on a CPU.
-        classify = pipeline("text-classification", model=name, tokenizer=name, device=device, dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(f"no reward model found at {name!r}: it is neither a folder with config.json and weights nor a hub "
-                         "id that could be reached or is cached; pass a folder made by save_pretrained") from error
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None:       # many tokenizers name no largest length, and truncation would then cut nothing
-        classify.tokenizer.model_max_length = min(classify.tokenizer.model_max_length, limit)
-    if not any("SequenceClassification" in architecture for architecture in config.architectures or []):
-        raise ValueError(f"{name} is a {'/'.join(config.architectures or ['model of no known class'])}, which has 0 labels to score "
-                         "with; give a text-classification model, such as a *ForSequenceClassification")
-    labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+    model, tokenizer = load_classifier(name)
+    classify = pipeline("text-classification", model=model, tokenizer=tokenizer, device=device)
+    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     good = next((label for label in labels if label.upper() == "POSITIVE"), labels[-1])
 
     def reward(prompts, responses):
-        texts = [prompt + response for prompt, response in zip(prompts, responses)]
+        texts, top = [prompt + response for prompt, response in zip(prompts, responses)], {} if len(labels) == 1 else {"top_k": None}
+        try:
+            rows = classify(texts, batch_size=batch_size, truncation=True, function_to_apply="none" if len(labels) == 1 else None, **top)
+        except Exception as error:      # a tokenizer that is another model's, for one
+            raise ValueError(f"the reward model {name!r} cannot judge these texts ({first_line(error)}); get its files again") from error
         if len(labels) == 1:
-            return [row["score"] for row in classify(texts, batch_size=batch_size, truncation=True, function_to_apply="none")]
-        rows = classify(texts, batch_size=batch_size, truncation=True, top_k=None)
+            return [row["score"] for row in rows]
         return [next(entry["score"] for entry in row if entry["label"] == good) for row in rows]
 
     return reward
+
+
+def load_classifier(name):
+    """-> model in float32 and tokenizer, whole. No code of the folder is executed."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+    no_code = {"trust_remote_code": False}      # not said, transformers asks the terminal, which a run may not have
+    try:
+        kinds = AutoConfig.from_pretrained(name, **no_code).architectures or []
+        report = None
+        if any("SequenceClassification" in kind for kind in kinds):
+            # float32: the stored type may be half precision, which is slow and coarse on a CPU.
+            model, report = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **no_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, **no_code)
+            limit = getattr(model.config, "max_position_embeddings", None)
+            if limit is not None:       # many tokenizers name no largest length, and truncation would then cut nothing
+                tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+            [model.config.id2label[i] for i in range(model.config.num_labels)]
+    except Exception as error:      # each library has its own for a damaged file, and tokenizers' is a plain Exception
+        problem = why_not_loaded(name, error, "config.json")
+        if isinstance(error, OSError) and "damaged" not in problem:
+            raise ValueError(f"no reward model found at {name!r}: it is neither a folder with config.json and weights nor a hub "
+                             "id that could be reached or is cached; pass a folder made by save_pretrained") from error
+        raise ValueError(f"the reward model {name!r} cannot be loaded: {problem}") from error
+    if report is None:
+        raise ValueError(f"{name} is a {'/'.join(kinds) or 'model of no known class'}, which has 0 labels to score "
+                         "with; give a text-classification model, such as a *ForSequenceClassification")
+    wrong = half_loaded(report, model)
+    if wrong:
+        raise ValueError(f"the reward model {name!r} would be loaded in part: {len(wrong)} tensors of its weights and its config.json do not "
+                         f"fit each other, {wrong[0]} first; get its files again")
+    return model, tokenizer
+
+
+def why_not_loaded(folder, error, suspect):       # same as value_head.why_not_loaded
+    """-> half a sentence. suspect: the file that is to blame where each by itself is sound."""
+    if isinstance(error, UnpicklingError):
+        return "its .bin file holds more than tensors, which a pickle could execute, and nothing of it was; get safetensors"
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is executed only where the user says trust_remote_code=True"
+    for path in sorted(path for path in Path(folder).glob("*") if path.suffix in (".json", ".safetensors")):
+        try:
+            safe_open(path, framework="pt") if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+        except Exception as broken:
+            return f"{path.name} is damaged ({first_line(broken)}); get it again"
+    return f"{suspect} does not fit the other files ({first_line(error)}); get them again"
+
+
+def first_line(error):          # same as value_head.first_line
+    """An exception as part of a sentence: a library's may be a page."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".: ")
+
+
+def half_loaded(report, model):         # same as value_head.half_loaded
+    """-> tensors that a transformers model misses in its file, or that the file has more of, as those of another layer.
+
+    report: transformers' loading_info. What is missing it makes up, and what is too many it leaves out, each with a warning. It may leave
+    out a pooler beside the layers, or a buffer of older days in one, but not a whole layer.
+    """
+    tops = {name for part in (model, model.base_model) for name, _ in part.named_children()}     # older files name them from the inner one
+    own = "".join(f" .{name}" for name in model.state_dict())
+    layers = [(name, re.match(r"(.+?\.\d+\.|)", name)[0]) for name in report["unexpected_keys"] if name.split(".")[0] in tops]
+    return sorted([*report["missing_keys"], *(name for name, layer in layers if layer and f".{layer}" not in own)])
 
 
 def load_reward_fn(spec):
@@ -70,32 +132,66 @@ def load_reward_fn(spec):
     sys.path.append(os.path.dirname(os.path.abspath(path)))         # for what it imports from beside it
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:      # whatever a user's file raises, a SyntaxError included
-        raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:        # whatever a user's file raises, a SyntaxError included
+        raise ValueError(f"{path} cannot be loaded: {first_line(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"{path} has no function called {name!r}; write path/to/file.py:function")
     return function
 
 
-def score_texts(reward, prompts, responses):
-    """Call any reward function and check what it gives. -> list of B floats. ValueError says what is wrong with it."""
+@contextmanager
+def time_limit(seconds, sentence, grace=5):
+    """Ends the whole process with `sentence` and exit code 1 when what is inside takes longer than `seconds`; 0 = no limit.
+
+    What never returns can be neither asked to stop nor waited for: a lock, a socket without a time-out, a loop in C. So a thread looks
+    at the clock and ends the process without cleaning up, and the reward stays in the main thread, where its sqlite connection and its
+    GPU are. C code that never lets go of Python's lock, a regular expression that goes astray for one, stops that thread too:
+    faulthandler's needs no lock, and ends the process `grace` seconds later with the line at which it hung.
+    """
+    def end():
+        sys.stdout.flush()
+        print(sentence, file=sys.stderr, flush=True)
+        os._exit(1)
+
+    if not seconds:
+        yield
+        return
+    clock = threading.Timer(seconds, end)
+    clock.daemon = True
+    faulthandler.dump_traceback_later(seconds + grace, exit=True, file=sys.__stderr__)
+    clock.start()
+    try:
+        yield
+    finally:
+        clock.cancel()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def score_texts(reward, prompts, responses, finite=True):
+    """Call any reward function and check what it gives. -> list of B floats. ValueError says what is wrong with it.
+
+    finite=False lets NaN and infinity through, for PPOTrainer.step to refuse with the batch and on all processes.
+    """
     try:
         scores = reward(prompts, responses)
-    except Exception as error:      # whatever a user's function raises; the sentence says what and where
+    except (Exception, SystemExit) as error:        # whatever a user's function raises; the sentence says what and where
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(f"the reward function raised {type(error).__name__}: {error} "
+        raise ValueError(f"the reward function raised {first_line(error)} "
                          f"({os.path.basename(frame.filename)}, line {frame.lineno})") from error
     # A dict would be read by its keys, a string by its letters, and a set has no order.
     sequence = isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) > 0      # ndim: tensors and numpy arrays
     if not sequence or len(scores) != len(responses):
         count = len(scores) if sequence else f"a {type(scores).__name__}"
         raise ValueError(f"the reward function returned {count} for {len(responses)} responses; return one float for each")
-    return check_scores(scores).tolist()
+    return check_scores(scores, finite).tolist()
 
 
-def check_scores(scores):
-    """Numbers of any kind (int, float, tensors of shape () or (1,)) -> float32 tensor (B,). NaN and infinity are refused."""
+def check_scores(scores, finite=True):
+    """Numbers of any kind (int, float, tensors of shape () or (1,)) -> float32 tensor (B,). NaN and infinity are refused.
+
+    finite=False hands them on; what is too large for float32 is infinity then.
+    """
     values = []
     for i, score in enumerate(scores):
         try:
@@ -104,7 +200,7 @@ def check_scores(scores):
             raise ValueError(f"score {i} of {len(scores)} is {score!r}, not one number; give one float per response") from error
         except OverflowError:
             values.append(math.inf)
-        if not math.isfinite(values[-1]) or abs(values[-1]) > torch.finfo(torch.float32).max:
+        if finite and (not math.isfinite(values[-1]) or abs(values[-1]) > torch.finfo(torch.float32).max):
             raise ValueError(f"score {i} of {len(scores)} is {values[-1]}; every score must be a finite number, "
                              "so mend the reward for that sample or leave the batch out")
     return torch.tensor(values, dtype=torch.float32)

@@ -20,8 +20,12 @@ import logging
 import os
 import re
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -86,8 +90,9 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         Keywords for the head (`summary_dropout_prob`, `v_head_init_strategy`, `v_head_initializer_range`) are taken out,
         all others go to `AutoModelForCausalLM.from_pretrained`; `load_in_8bit=True` and `load_in_4bit=True`, the older spelling of
         a `quantization_config`, are understood (such a model is fit for a reference, not for training). A `v_head.*` found
-        beside the weights is loaded; otherwise a new one is made and that is logged. ValueError if there is no such model, or
-        it has no LM head.
+        beside the weights is loaded; otherwise a new one is made and that is logged. No code of the folder is executed unless
+        `trust_remote_code=True` says so, and no pickle. ValueError if there is no such model, it has no LM head, or a file of it is
+        damaged: a model that would be loaded in part, the rest random, is none.
         """
         head_arguments = {k: kwargs.pop(k) for k in HEAD_ARGUMENTS if k in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
@@ -100,18 +105,30 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         if not ({"dtype", "torch_dtype", "quantization_config"} & set(kwargs)):
             # transformers 5 keeps the checkpoint's type. PPO's updates are far smaller than a bf16 weight's last bit.
             kwargs["dtype"] = torch.float32
+        kwargs.setdefault("trust_remote_code", False)       # not said, transformers asks the terminal, which a run may not have
         try:
             with value_head_expected():
-                language_model = AutoModelForCausalLM.from_pretrained(name, *args, **kwargs)
-        except OSError as error:
-            raise ValueError(f"no model found at {name!r}: it is neither a folder with config.json and weights nor a hub id "
-                             "that could be reached or is cached; pass a folder made by save_pretrained") from error
+                language_model, report = AutoModelForCausalLM.from_pretrained(name, *args, output_loading_info=True, **kwargs)
+            head = find_value_head(name, **{k: kwargs[k] for k in PLACE_ARGUMENTS if k in kwargs})
+        except Exception as error:      # each library has its own for a damaged file, and tokenizers' is a plain Exception
+            problem = why_not_loaded(name, error, "config.json")
+            if isinstance(error, OSError) and "damaged" not in problem:
+                raise ValueError(f"no model found at {name!r}: it is neither a folder with config.json and weights nor a hub id "
+                                 "that could be reached or is cached; pass a folder made by save_pretrained") from error
+            raise ValueError(f"the model {name!r} cannot be loaded: {problem}") from error
+        wrong = half_loaded(report, language_model)
+        if wrong:
+            raise ValueError(f"the model {name!r} would be loaded in part: {len(wrong)} tensors of its weights and its config.json do not fit "
+                             f"each other, {wrong[0]} first; get its files again")
         model = cls(language_model, **head_arguments)
-        head = find_value_head(name, **{k: kwargs[k] for k in PLACE_ARGUMENTS if k in kwargs})
         if head is None:
             logger.warning("no value head in %s: a new one was made (normal for a plain language model)", name)
-        else:
-            model.v_head.load_state_dict(head)
+            return model
+        shapes = {key: tuple(tensor.shape) for key, tensor in model.v_head.state_dict().items()}
+        found = {key: tuple(tensor.shape) for key, tensor in head.items()}
+        if found != shapes:
+            raise ValueError(f"the value head of {name!r} is {found} but {shapes} was expected; get its files again")
+        model.v_head.load_state_dict(head)
         return model
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, position_ids=None, logit_positions=None,
@@ -235,6 +252,37 @@ def even_size(n):   # same as ppo_core.even_size
     return -(-n // step) * step
 
 
+def why_not_loaded(folder, error, suspect):
+    """-> half a sentence. suspect: the file that is to blame where each by itself is sound."""
+    if isinstance(error, UnpicklingError):
+        return "its .bin file holds more than tensors, which a pickle could execute, and nothing of it was; get safetensors"
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own, which is executed only where the user says trust_remote_code=True"
+    for path in sorted(path for path in Path(folder).glob("*") if path.suffix in (".json", ".safetensors")):
+        try:
+            safe_open(path, framework="pt") if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+        except Exception as broken:
+            return f"{path.name} is damaged ({first_line(broken)}); get it again"
+    return f"{suspect} does not fit the other files ({first_line(error)}); get them again"
+
+
+def first_line(error):
+    """An exception as part of a sentence: a library's may be a page."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".: ")
+
+
+def half_loaded(report, model):
+    """-> tensors that a transformers model misses in its file, or that the file has more of, as those of another layer.
+
+    report: transformers' loading_info. What is missing it makes up, and what is too many it leaves out, each with a warning. It may leave
+    out a pooler beside the layers, or a buffer of older days in one, but not a whole layer.
+    """
+    tops = {name for part in (model, model.base_model) for name, _ in part.named_children()}     # older files name them from the inner one
+    own = "".join(f" .{name}" for name in model.state_dict())
+    layers = [(name, re.match(r"(.+?\.\d+\.|)", name)[0]) for name in report["unexpected_keys"] if name.split(".")[0] in tops]
+    return sorted([*report["missing_keys"], *(name for name, layer in layers if layer and f".{layer}" not in own)])
+
+
 def translate_bits(kwargs):
     """load_in_8bit / load_in_4bit in `kwargs` -> a BitsAndBytesConfig, which is how transformers 5 wants it, in place."""
     bits = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
@@ -270,7 +318,6 @@ def remove_older_layout(folder):
 
 def find_value_head(name, **place):
     """The saved head as {"summary.weight": (1, H), "summary.bias": (1,)}, or None. name: folder or hub id."""
-    from safetensors import safe_open
     quiet = dict(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **place)
     head = {}
     # In the order of transformers, which takes the first that is there; .bin is the format of older TRL checkpoints.
@@ -285,7 +332,8 @@ def find_value_head(name, **place):
             paths = [cached_file(name, file, **quiet) for file in sorted(files)]
         for path in paths:
             if path.endswith(".bin"):
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                # weights_only: a pickle that would do more than make tensors is an UnpicklingError. The older format has no mmap.
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
                 head.update({k: v for k, v in tensors.items() if k.startswith("v_head.")})
             else:
                 with safe_open(path, framework="pt") as tensors:

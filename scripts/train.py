@@ -16,13 +16,16 @@ on prompts held out from training, before and after. What it leaves in runs/<nam
     curves.png      score, KL, entropy, losses
     samples.md      the same 16 held-out prompts answered before and after, with scores
     summary.json    the last lines of the run as numbers: scores, KL, seconds, peak memory, bytes of optimizer state
+    bad_batch.safetensors  the batch that led to NaN or infinity, if one did: see --on_bad_batch
     checkpoints/    the newest states of the run: after a kill, `--resume runs/<name>` goes on as if nothing had happened
     final/          the trained policy with its value head, for from_pretrained; plain transformers loads it too
 """
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
+import math
 import os
 import shlex
 import shutil
@@ -39,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import accelerate
+import safetensors.torch
 import torch
 import transformers
 from transformers import AutoTokenizer, HfArgumentParser
@@ -47,8 +51,8 @@ import distributed
 import optim
 import reference
 import rewards
-from ppo_core import PPOConfig, PPOTrainer, knob
-from value_head import AutoModelForCausalLMWithValueHead
+from ppo_core import BadNumbers, PPOConfig, PPOTrainer, knob
+from value_head import AutoModelForCausalLMWithValueHead, first_line, why_not_loaded
 
 ADAM_LEARNING_RATE = 4e-4       # suits a model of a few million parameters; a large one wants PPOConfig's 1.41e-5
 
@@ -74,6 +78,9 @@ class RunConfig(PPOConfig):
     max_new_tokens: int = knob(24, "longest response, in tokens; shorter where the model ends it with EOS")
     reward_fn: Optional[str] = knob(None, "path/to/file.py:function, (prompts, responses) -> list of floats; instead of "
                                           "reward_model")
+    reward_timeout: float = knob(300.0, "seconds that the reward may take for one batch before the run ends; 0 = no limit")
+    on_bad_batch: Literal["stop", "skip"] = knob("stop", "when a batch leads to NaN or infinity: stop, or skip it and go on; it is kept "
+                                                         "in bad_batch.safetensors either way")
     optimizer: Literal["adam", "sgd", "lion", "adam8bit"] = knob("adam", "adam, sgd, lion, or adam8bit, which needs bitsandbytes")
     lr_scheduler: Literal["constant", "linear", "cosine", "exponential"] = knob("cosine", "of the learning rate, over `steps`")
     warmup_steps: int = knob(0, "steps over which the learning rate rises to its value")
@@ -96,6 +103,9 @@ class RunConfig(PPOConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.save_every < 0 or self.keep_last < 2:
             raise ValueError(f"save_every is {self.save_every} and keep_last is {self.keep_last}; use at least 0 and at least 2")
+        if not 0 <= self.reward_timeout < float("inf") or self.on_bad_batch not in ("stop", "skip"):
+            raise ValueError(f"reward_timeout is {self.reward_timeout} and on_bad_batch is {self.on_bad_batch!r}; use at least 0 seconds "
+                             "(0 = no limit) and 'stop' or 'skip'")
         if self.reference_bits is not None and self.num_shared_layers is not None:
             raise ValueError(f"reference_bits is {self.reference_bits} and num_shared_layers is {self.num_shared_layers}, but a layer "
                              "that is stored in fewer bits is another layer; leave one of them out")
@@ -168,20 +178,24 @@ def one_step(trainer, reward, train_prompts, step, run):
     config, accelerator, tokenizer = trainer.config, trainer.accelerator, trainer.tokenizer
     started, prompts = time.perf_counter(), prompts_of_step(train_prompts, step, config, accelerator)
     queries, texts = [prompt["tokens"] for prompt in prompts], [prompt["text"] for prompt in prompts]
-    # (a) rollout: sample a response to each prompt
-    with distributed.phase(accelerator, f"step {step}, (a) rollout"):
-        responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
-    rolled_out = time.perf_counter()
-    # (b) score: one number per response
-    with distributed.phase(accelerator, f"step {step}, (b) score"):
-        answers = decode_responses(tokenizer, queries, responses)
-        scores = rewards.score_texts(reward, texts, answers)
-    scored = time.perf_counter()
-    # (c) rewards, (d) advantages, (e) update: PPOTrainer.step, where the same letters stand
-    with distributed.phase(accelerator, f"step {step}, (c) rewards to (e) update"):
-        stats = trainer.step(queries, responses, scores)
+    # `phase` says where and on which process a run of several stopped, should it stop; `together`, what is wrong on one stops all.
+    try:
+        # (a) rollout: sample a response to each prompt
+        with distributed.phase(accelerator, f"step {step}, (a) rollout"), distributed.together(accelerator, BadNumbers):
+            responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False, max_new_tokens=config.max_new_tokens)
+        rolled_out = time.perf_counter()
+        # (b) score: one number per response
+        with distributed.phase(accelerator, f"step {step}, (b) score"), distributed.together(accelerator):
+            answers = decode_responses(tokenizer, queries, responses)
+            scores = timed_scores(trainer, reward, texts, answers, f"step {step}, (b) score", finite=False)
+        scored = time.perf_counter()
+        # (c) rewards, (d) advantages, (e) update: PPOTrainer.step, where the same letters stand
+        with distributed.phase(accelerator, f"step {step}, (c) rewards to (e) update"):
+            stats = trainer.step(queries, responses, scores)
+    except BadNumbers as error:
+        return leave_out(trainer, step, run, error)
     # (f) book-keeping
-    stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
+    stats["time/rollout"], stats["time/score"], stats["ppo/bad_batch"] = rolled_out - started, scored - rolled_out, 0.0
     with distributed.phase(accelerator, f"step {step}, (f) book-keeping"):
         trainer.log_stats(stats, {"query": texts, "response": answers}, scores)
         run.record(step, stats, time.perf_counter() - started)
@@ -197,13 +211,7 @@ def parse(arguments):
     config, = parser.parse_args_into_dataclasses(arguments)
     if config.resume is None:
         return config
-    path = Path(config.resume) / "config.json"
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        saved = {field.name: saved[field.name] for field in dataclasses.fields(RunConfig)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--resume {config.resume}: {path} cannot be read ({type(error).__name__}: {error}); name a folder that a "
-                         "run was made in") from error
+    saved = saved_settings(config.resume)
     parser.set_defaults(**saved)
     given, = parser.parse_args_into_dataclasses(arguments)
     for name, value in saved.items():
@@ -214,9 +222,35 @@ def parse(arguments):
     return given
 
 
+def saved_settings(folder):
+    """What a run's config.json says. ValueError: it cannot be read, or is not what the run wrote."""
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        settings = {field.name: saved[field.name] for field in dataclasses.fields(RunConfig)}
+        RunConfig(**settings)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"--resume {folder}: {path} cannot be read ({first_line(error)}); name a folder that a run was made in") from error
+    if saved.get("sha256", digest(settings)) != digest(settings):
+        raise ValueError(f"--resume {folder}: {path} is not what the run wrote: its SHA-256 differs, and with other settings it would be "
+                         f"another run; put the file back, or start a new run from its newest checkpoint's model/")
+    return settings
+
+
+def digest(settings):
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
 def find(name):
-    """A path as given; or, if there is none from here, below the project's own folder; or a hub id, left as it is."""
-    return str(ROOT / name) if not os.path.exists(name) and (ROOT / name).exists() else name
+    """A path as given; or, if there is none from here, below the project's own folder; or a hub id, left as it is.
+
+    ValueError: a folder with a manifest, so one that plainppo wrote, which is no longer what it wrote.
+    """
+    found = str(ROOT / name) if not os.path.exists(name) and (ROOT / name).exists() else name
+    problem = distributed.damage(found) if (Path(found) / distributed.MANIFEST).is_file() else None
+    if problem is not None:
+        raise ValueError(f"{found} cannot be loaded: {problem}; use an older one")
+    return found
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -224,8 +258,12 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def load_tokenizer(path):
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if not tokenizer("a").input_ids:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokens = tokenizer("a").input_ids
+    except Exception as error:      # tokenizers raises plain Exceptions
+        raise ValueError(f"the tokenizer of {path!r} cannot be loaded: {why_not_loaded(path, error, 'tokenizer.json')}") from error
+    if not tokens:
         raise ValueError(f"{path} has no usable tokenizer: it makes 0 tokens of 'a'; save the model's tokenizer beside its weights")
     return tokenizer
 
@@ -251,19 +289,71 @@ def load_prompts(config, tokenizer, num_processes, model_config):
     path = find(config.prompts)
     if not os.path.isfile(path):
         raise ValueError(f"prompts names {config.prompts!r}, which is not a file; give a text file with one prompt per line")
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    # A repeated line counts once, or a prompt that is trained on could stand among those it is judged by.
-    prompts = [{"text": line, "tokens": torch.tensor(tokenizer(line).input_ids)} for line in dict.fromkeys(lines) if line]
+    prompts, size = [], getattr(model_config, "vocab_size", None)
+    for line, number in read_lines(path).items():
+        try:
+            tokens = tokenizer(line).input_ids
+        except Exception as error:      # tokenizers raises plain Exceptions
+            raise ValueError(f"{path}, line {number}: the tokenizer cannot read it ({first_line(error)}); leave it out") from error
+        if not tokens or (size is not None and max(tokens) >= size):
+            problem = "has no tokens" if not tokens else f"has token {max(tokens)} but the model has {size}: the tokenizer is another model's"
+            raise ValueError(f"{path}, line {number}: {line[:40]!r} {problem}; leave it out, or give the model its own tokenizer")
+        prompts.append({"text": line, "tokens": torch.tensor(tokens), "line": number})
     needed, kept = config.batch_size * num_processes, config.eval_prompts
     if len(prompts) < needed + kept:
         raise ValueError(f"{config.prompts} has {len(prompts)} different prompts but a step takes {needed} (batch_size x processes) "
                          f"and {kept} are kept for evaluation; use a smaller --eval_prompts and --batch_size, or more prompts")
     longest = max(prompts, key=lambda prompt: len(prompt["tokens"]))      # said now, not when its turn comes after an hour
-    limit = getattr(model_config, "max_position_embeddings", None)
-    if limit is not None and len(longest["tokens"]) + config.max_new_tokens > limit:
-        raise ValueError(f"the prompt {longest['text'][:40]!r} has {len(longest['tokens'])} tokens and max_new_tokens is "
-                         f"{config.max_new_tokens}, but the model has {limit} positions; shorten one of them")
+    limit = getattr(model_config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if len(longest["tokens"]) + config.max_new_tokens > limit:
+        raise ValueError(f"{path}, line {longest['line']}: the prompt {longest['text'][:40]!r} has {len(longest['tokens'])} tokens and "
+                         f"max_new_tokens is {config.max_new_tokens}, but the model has {limit} positions; shorten one of them")
     return prompts[:-kept], prompts[-kept:]
+
+
+def read_lines(path):
+    """-> {line: its number}, each once, without the empty ones. UTF-8, with or without a byte-order mark, with any system's line ends."""
+    try:
+        data = Path(path).read_bytes()
+        lines = data.decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        before, byte = error.object[:error.start], error.object[error.start]        # without the byte-order mark
+        number = len((before.decode("utf-8") + "-").splitlines())
+        raise ValueError(f"{path}, line {number}: byte {byte:#x} is not UTF-8; save the file as UTF-8, or mend that line") from error
+    # A repeated line counts once, or a prompt that is trained on could stand among those it is judged by.
+    found = {}
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found.setdefault(line.strip(), number)
+    if not found:
+        raise ValueError(f"{path} has 0 prompts: all of its {len(lines)} lines are empty; give a text file with one prompt per line")
+    return found
+
+
+def timed_scores(trainer, reward, prompts, responses, where, finite=True):
+    """The reward's numbers; a reward that takes longer than config.reward_timeout ends the run."""
+    seconds, accelerator = trainer.config.reward_timeout, trainer.accelerator
+    sentence = (f"error: rank {accelerator.process_index} of {accelerator.num_processes}, {where}: the reward function has not returned "
+                f"after {seconds:g} s for {len(responses)} responses; mend it, or give it longer with --reward_timeout")
+    with rewards.time_limit(seconds, sentence):
+        return rewards.score_texts(reward, prompts, responses, finite)
+
+
+def leave_out(trainer, step, run, error):
+    """A batch that was refused is kept; then the run stops, or goes on with the next as --on_bad_batch says. On all processes."""
+    kept = run.keep_batch(trainer.accelerator, trainer.in_hand, step, error)
+    trainer.check_weights()         # raises if it is they that are not finite: another batch would not mend them
+    if not trainer.in_hand[1]:      # nor a policy that cannot write a response
+        raise BadNumbers(f"{error} ({kept})") from error
+    if trainer.config.on_bad_batch == "stop":
+        raise BadNumbers(f"{error} ({kept}; a new run with --on_bad_batch skip would go on with the next)") from error
+    trainer.count_step()
+    trainer.accelerator.log({"ppo/bad_batch": 1.0}, step=trainer.steps_done)
+    run.say(f"step {step:4d}/{trainer.config.steps}  left out: {error} ({kept})")
+    run.write_line(step, {"ppo/bad_batch": 1.0})
+    run.save(trainer, step)
 
 
 def prompts_of_step(prompts, step, config, accelerator):
@@ -282,6 +372,17 @@ class Evaluation:
     prompts: list
     responses: list
     scores: list
+
+    @classmethod
+    def read(cls, path):
+        """What was written to `path`; None when that is damaged: then the untrained policy, which is still there, is asked again."""
+        try:
+            found = cls(**json.loads(path.read_text(encoding="utf-8")))
+            assert len(found.prompts) == len(found.responses) == len(found.scores) > 0
+            assert all(isinstance(text, str) for text in found.prompts + found.responses) and math.isfinite(found.score)
+            return found
+        except (ValueError, TypeError, AssertionError, OverflowError):
+            return None
 
     @property
     def score(self):
@@ -307,7 +408,7 @@ def evaluate(trainer, reward, prompts):
             responses = trainer.generate(queries, batch_size=100, return_prompt=False,
                                          max_new_tokens=trainer.config.max_new_tokens)
         texts = decode_responses(trainer.tokenizer, queries, responses)
-        return Evaluation(starts, texts, rewards.score_texts(reward, starts, texts))
+        return Evaluation(starts, texts, timed_scores(trainer, reward, starts, texts, "evaluation"))
 
 
 def plan(config, accelerator, model, ref_model):
@@ -362,6 +463,7 @@ class RunFolder:
         """-> (folder, None) with config.json and an empty metrics.jsonl in it, or (None, what is wrong)."""
         folder = Path(config.output_dir or f"runs/{Path(config.model_name).name}-N")
         versions = {m.__name__: m.__version__ for m in (torch, transformers, accelerate)}
+        settings = dataclasses.asdict(config)
         try:
             if self.resumed:
                 return str(folder), None
@@ -370,7 +472,7 @@ class RunFolder:
             elif not unused(folder):
                 return None, f"{folder} already has a run or other files; choose another --output_dir or move it away"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
+            (folder / "config.json").write_text(json.dumps({**settings, "versions": versions, "sha256": digest(settings)}, indent=1))
             self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
         except OSError as error:
             return None, f"cannot write to the run folder {folder}: {error.strerror}; choose another --output_dir"
@@ -387,9 +489,7 @@ class RunFolder:
         """One line of metrics.jsonl, and one for the person who waits."""
         if not self.main:
             return
-        flat = {k: v.tolist() if torch.is_tensor(v) else v for k, v in stats.items() if not torch.is_tensor(v) or "_dist" in k}
-        self.metrics.write(json.dumps({"step": step, **flat}) + "\n")
-        self.metrics.flush()
+        self.write_line(step, {k: v.tolist() if torch.is_tensor(v) else v for k, v in stats.items() if not torch.is_tensor(v) or "_dist" in k})
         self.seconds, self.timed = self.seconds + seconds, self.timed + 1
         left = int(self.seconds / self.timed * (self.steps - step))
         tokens = sum(stats["tokens/responses_dist"].tolist())
@@ -397,13 +497,39 @@ class RunFolder:
                  f"KL coef {stats['objective/kl_coef']:.4f}  length {stats['tokens/responses_len_mean']:5.1f}  "
                  f"{tokens / seconds:5.0f} tokens/s  {left // 60:3d}:{left % 60:02d} left")
 
+    def write_line(self, step, numbers):
+        if self.main:
+            self.metrics.write(json.dumps({"step": step, **numbers}) + "\n")
+            self.metrics.flush()
+
+    def keep_batch(self, accelerator, batch, step, error):
+        """Into bad_batch.safetensors, what all processes were working on: tokens as one flat list and its lengths. -> what to say of it.
+
+        batch: this process's queries, responses, scores; after a rollout, queries alone. A newer one takes the place of an older one.
+        """
+        path = self.folder / "bad_batch.safetensors"
+        queries, responses, scores = batch
+        shares = distributed.gather_lists(accelerator, [([q.tolist() for q in queries], [r.tolist() for r in responses], list(scores))])
+        tensors = {"ranks": torch.tensor([rank for rank, share in enumerate(shares) for _ in share[0]]),
+                   "scores": torch.tensor([score for share in shares for score in share[2]])}
+        for i, name in enumerate(("queries", "responses")):
+            lists = [tokens for share in shares for tokens in share[i]]
+            tensors[name] = torch.tensor([token for tokens in lists for token in tokens], dtype=torch.long)
+            tensors[f"{name}_lengths"] = torch.tensor([len(tokens) for tokens in lists], dtype=torch.long)
+        try:
+            if self.main:
+                replace_file(path, safetensors.torch.save(tensors, metadata={"step": str(step), "problem": str(error)}))
+        except OSError as failure:      # a full disk must not hide what went wrong first
+            return f"the batch could not be kept: {failure.strerror}"
+        return f"the batch is in {path}"
+
     def remember_before(self, evaluate):
         """The evaluation before the first step: made once, and kept in before.json for a run that is resumed."""
         path = self.folder / "before.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if self.main and self.resumed and path.is_file() else None
+        known = Evaluation.read(path) if self.main and self.resumed and path.is_file() else None
         known, = accelerate.utils.broadcast_object_list([known])
         if known is not None:
-            return Evaluation(**known)
+            return known
         before = evaluate()
         if self.main:
             replace_file(path, json.dumps(dataclasses.asdict(before)))
@@ -461,12 +587,14 @@ class RunFolder:
         if not self.main:
             return
         self.metrics.close()
-        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
+        lines = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
+        rows = [line for line in lines if not line.get("ppo/bad_batch")]        # a batch that was left out has no statistics
         draw_curves(rows, self.folder / "curves.png")
         write_samples(before, after, self.folder / "samples.md")
         sides = {f"{name} {side}": getattr(evaluation, name) for side, evaluation in (("before", before), ("after", after))
                  for name in ("score", "distinct_bigrams")}
-        summary = {**sides, "kl": rows[-1]["objective/kl"], "steps": self.steps, "seconds": time.perf_counter() - self.started,
+        summary = {**sides, "kl": rows[-1]["objective/kl"] if rows else 0.0, "steps": self.steps,
+                   "batches left out": len(lines) - len(rows), "seconds": time.perf_counter() - self.started,
                    "seconds in steps": self.seconds, "peak memory bytes": peak,
                    "optimizer state bytes": state_bytes}
         replace_file(self.folder / "summary.json", json.dumps(summary, indent=1))      # last and whole: it says that the run is finished
@@ -475,10 +603,10 @@ class RunFolder:
                  f"{self.folder / 'curves.png'} and samples.md")
 
 
-def replace_file(path, text):
-    """The old file or the new one, never half of one."""
+def replace_file(path, content):
+    """The old file or the new one, never half of one. content: text or bytes."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
     distributed.to_disk(partial)
     os.replace(partial, path)
 

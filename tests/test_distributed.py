@@ -236,15 +236,15 @@ def test_a_skipped_step_leaves_nothing_behind(runs, way):
 
 
 @every_way
-def test_a_loss_that_is_not_finite_on_one_rank_stops_no_rank_and_moves_none(runs, way):
+def test_a_loss_that_is_not_finite_on_one_rank_is_refused_by_all_and_moves_none(runs, way):
     for found, _ in runs(way, "infinite"):
-        assert found["skipped"] == found["of"] == 1 and found["moved"] == 0
+        assert found["message"].startswith("rank 1: step 1, epoch 1, optimizer step 1: the values of sample ") and found["moved"] == 0
 
 
 @every_way
 def test_a_wrong_input_on_one_rank_is_named_on_all_and_harms_nothing(runs, way):
     for found, _ in runs(way, "refuse"):
-        assert found["message"].startswith("rank 1: score 0 of 4 is nan")
+        assert found["message"].startswith("rank 1: step 1: the scores of sample 0 of 4 (mini-batch 1) are nan")
     assert runs(way, "refuse")[0][0]["score"] == pytest.approx(runs("one", "refuse")[0][0]["score"], rel=1e-5)
 
 

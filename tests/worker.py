@@ -3,10 +3,13 @@
     python worker.py OUT '[{"name": "sgd", "do": "train", ...}, ...]'       # writes OUT-<name>-<rank>.json and .safetensors
 Started alone, by torch.distributed.run or by accelerate launch. One start for many jobs: starting takes longer than the jobs.
 """
+import hashlib
+import itertools
 import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import optim
-from ppo_core import PPOConfig, PPOTrainer
+import rewards
+from ppo_core import BadNumbers, PPOConfig, PPOTrainer
 from test_ppo_core import GOLDEN, ragged, tiny, tokenizer
 from value_head import AutoModelForCausalLMWithValueHead
 
@@ -147,7 +151,7 @@ def sampled_run(settings):
 
 
 def infinite_loss(settings):
-    """Values that overflow on one rank make a loss that is not finite there: no rank may step."""
+    """Values that overflow on one rank make a loss that is not finite there: all ranks refuse it, and none steps."""
     trainer = make(settings)
     before, forward = weights_of(trainer), trainer.forward
     bad = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
@@ -156,10 +160,128 @@ def infinite_loss(settings):
         logprobs, values, rest = forward(model, rows, **kwargs)
         return logprobs, values * (float("inf") if bad and torch.is_grad_enabled() else 1.0), rest
     trainer.forward = overflow
-    stats = step(trainer)
+    message = refusal(trainer)[1]
     after = weights_of(trainer)
-    return {"skipped": stats["ppo/skipped_steps"], "of": stats["ppo/optimizer_steps"],
-            "moved": max((float((after[k] - before[k]).abs().max()) for k in before), default=0.0)}, {}
+    return {"message": message, "moved": max((float((after[k] - before[k]).abs().max()) for k in before), default=0.0)}, {}
+
+
+def refusal(trainer):
+    """-> stage and message of what a step is refused with; (None, None) for a step that is taken."""
+    try:
+        step(trainer)
+        return None, None
+    except BadNumbers as error:
+        return error.stage, str(error)
+
+
+def bad_numbers(settings, optimizer="adam"):
+    """NaN and infinity in every stage, in sample 1 of the last rank, one step after the other. -> {stage number: what came of it}."""
+    trainer, found, original = make(settings, optimizer), {}, PPOTrainer.optimizer_step
+    step(trainer)                                               # the optimizer now has a state that could be spoilt
+    for place, kind in itertools.product(PLACES, ("nan", "inf")):
+        done, moments, snapshots = trainer.steps_done, trainer.score_moments.state_dict(), [everything(trainer)]
+
+        def watched(*arguments, **keywords):
+            snapshots.append(everything(trainer))
+            return original(trainer, *arguments, **keywords)
+        trainer.optimizer_step = watched
+        mend = PLACES[place](trainer, float(kind))
+        stage, message = refusal(trainer)
+        mend()
+        found[f"{place} {kind}"] = {"stage": stage, "message": message, "same": everything(trainer) == snapshots[-1], "step": done + 1,
+                                    "moments": trainer.score_moments.state_dict() == moments, "steps_done": trainer.steps_done - done,
+                                    "optimizer steps": len(snapshots) - 1, "then": refusal(trainer)[1]}
+    return found, {}
+
+
+def everything(trainer):
+    """Every bit of weights and optimizer state that this rank holds."""
+    tensors = [*weights_of(trainer).values()]
+    for state in getattr(trainer.optimizer, "optimizer", trainer.optimizer).state.values():
+        tensors += [value for value in state.values() if torch.is_tensor(value)]
+    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def bad_rank(trainer):
+    return trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
+
+
+def spoil_weights(trainer, number):
+    p = distributed.unwrap(trainer.model).pretrained_model.transformer.h[0].mlp.c_fc.bias
+    p = getattr(p, "ds_tensor", p).data
+    kept = p.clone()
+    if bad_rank(trainer):
+        p[3] = number
+    return lambda: p.copy_(kept)
+
+
+def spoil_scores(trainer, number):
+    original = trainer.step
+
+    def step(queries, responses, scores):
+        return original(queries, responses, [scores[0], number, *scores[2:]] if bad_rank(trainer) else scores)
+    trainer.step = step
+    return lambda: setattr(trainer, "step", original)
+
+
+def spoil_forward(trainer, number, output, reference=False, update=None):
+    """The first token of the response in one output of forward(): 0 = log-probs, 1 = values; recorded, or in an epoch of the update."""
+    original = trainer.forward
+
+    def forward(model, rows, **kwargs):
+        outputs = list(original(model, rows, **kwargs))
+        now = update in trainer.where if update else not torch.is_grad_enabled()
+        if bad_rank(trainer) and now and (model is trainer.ref_model) == reference:
+            outputs[output] = outputs[output].masked_fill(of_sample_1(trainer, rows)[:, None] & (outputs[output] == outputs[output][:, :1]), number)
+        return outputs
+    trainer.forward = forward
+    return lambda: setattr(trainer, "forward", original)
+
+
+def of_sample_1(trainer, rows):
+    """(b,): True for the row that is sample 1 of this rank."""
+    tokens = torch.cat([part[1] for part in trainer.in_hand[:2]])
+    width = min(len(tokens), rows["input_ids"].shape[1])
+    return (rows["input_ids"][:, :width] == tokens[:width]).all(1) & (rows["attention_mask"].sum(1) == len(tokens))
+
+
+def spoil_rewards(trainer, number):
+    original = rewards.token_rewards
+
+    def token_rewards(*arguments):
+        per_token, rest = original(*arguments)
+        if bad_rank(trainer):
+            per_token[1, 0] = number
+        return per_token, rest
+    rewards.token_rewards = token_rewards
+    return lambda: setattr(rewards, "token_rewards", original)
+
+
+def spoil_loss(trainer, number):
+    """A return so large that its squared error is infinite, or NaN."""
+    original = trainer.minibatch_loss
+
+    def minibatch_loss(rows, first):
+        if bad_rank(trainer) and "epoch 2" in trainer.where:
+            rows["returns"][:, 0] = rows["returns"][:, 0].masked_fill(of_sample_1(trainer, rows), 1e30 if number == float("inf") else number)
+        return original(rows, first)
+    trainer.minibatch_loss = minibatch_loss
+    return lambda: setattr(trainer, "minibatch_loss", original)
+
+
+def spoil_gradients(trainer, number):
+    def hook(gradient):
+        if bad_rank(trainer) and "epoch 2" in trainer.where:
+            return gradient.index_fill(0, torch.tensor([3]), number)
+    handle = distributed.unwrap(trainer.model).pretrained_model.transformer.h[0].mlp.c_fc.bias.register_hook(hook)
+    return handle.remove
+
+
+PLACES = {"weights": spoil_weights, "scores": spoil_scores, "rewards": spoil_rewards, "loss": spoil_loss, "gradients": spoil_gradients,
+          "log-probs": partial(spoil_forward, output=0), "reference log-probs": partial(spoil_forward, output=0, reference=True),
+          "values": partial(spoil_forward, output=1), "first log-probs": partial(spoil_forward, output=0, update="epoch 1"),
+          "new log-probs": partial(spoil_forward, output=0, update="epoch 2"),
+          "new values": partial(spoil_forward, output=1, update="epoch 2")}
 
 
 def reward_model(settings):
@@ -249,9 +371,9 @@ def disagree(settings, shift):
     trainer = make(settings)
     step_of, forward, last = trainer.optimizer_step, trainer.forward, trainer.accelerator.num_processes - 1
 
-    def shifted(model, rows):
-        logprobs, values, logits = forward(model, rows)
-        return rows["logprobs"] + shift + 0 * logprobs, values, logits
+    def shifted(model, rows, **kwargs):
+        logprobs, values, entropy = forward(model, rows, **kwargs)
+        return rows["logprobs"] + shift + 0 * logprobs, values, entropy
 
     def optimizer_step(batch, index, first):
         if not first and trainer.accelerator.process_index == last:
@@ -270,8 +392,8 @@ def memory():
     return {"own": distributed.peak_memory(accelerator.device), "largest": distributed.largest_peak_memory(accelerator)}, {}
 
 
-JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, refuse, reward_model, conflict, memory, eight_bits,
-                                     disagree)}
+JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, bad_numbers, refuse, reward_model, conflict, memory,
+                                     eight_bits, disagree)}
 
 
 def main(out, jobs):
