@@ -248,7 +248,7 @@ def speed(arguments):
                     runs.append({"workload": name, "side": side, "round": number, **measured})
                     total = statistics.median(row["generate"] + row["step"] for row in measured["rows"])
                     print(f"round {number + 1}, {name}, {side}: {total:.2f} s, {measured['peak'] / 1e6:.0f} MB", flush=True)
-    versions = {side: run["versions"] for run in runs for side in [run["side"]]}
+    versions = {run["side"]: run["versions"] for run in runs}
     about = {"machine": machine(), "threads": runs[0]["threads"], "versions": versions, "matrix products, GFLOP/s": rates,
              "date": datetime.date.today().isoformat(), "command": " ".join(["python scripts/bench.py", *sys.argv[1:]])}
     write_results(arguments.output_dir, about, runs)
@@ -271,11 +271,12 @@ def figures(name, runs, rates):
         rows = [{**row, "total": row["generate"] + row["step"]} for run in own for row in run["rows"]]
         if not rows:
             continue
-        result[side] = each = {key: statistics.median(row[key] for row in rows) for key in ("generate", "step", "total", "sampled", "trained")}
+        each = {key: statistics.median(row[key] for row in rows) for key in ("generate", "step", "total", "sampled", "trained")}
         each.update({key: statistics.median(run[key] for run in own) for key in ("imported", "peak")})
         each["tokens/s"] = each["trained"] / each["total"]
         each["GFLOP/s"] = useful_flops(settings, each["sampled"], each["trained"]) / each["total"] / 1e9
         each["share"] = each["GFLOP/s"] / rates["bfloat16" if settings.get("bf16") else "float32"]
+        result[side] = each
         each["rounds"] = [(statistics.median(row["generate"] + row["step"] for row in run["rows"]), run["peak"]) for run in own]
     ours = result["plainppo"]
     for side in [side for side in result if side != "plainppo"]:
@@ -308,10 +309,11 @@ def write_results(folder, about, runs):
             lines.append("| " + " | ".join([
                 f"{name}: {WORKLOADS[name][0]}" if side == "plainppo" else name, side,
                 *(f"{each[key]:.2f}" for key in ("generate", "step", "total")), f"{each['tokens/s']:.0f}",
-                f"{each['peak'] / 1e6:.0f} ({each['imported'] / 1e6:.0f})", f"{each['GFLOP/s']:.0f} ({each['share']:.0%})", *compared, *last]) + " |")
-    versions = "; ".join(f"{side}: " + ", ".join(f"{name} {version}" for name, version in each.items()) for side, each in about["versions"].items())
-    lines += ["", f"Machine: {about['machine']}, {about['threads']} threads; matrix products of 2,048 x 2,048: {rates['float32']:.0f} GFLOP/s in "
-              f"float32, {rates['bfloat16']:.0f} in bf16.", "", f"Versions: {versions}.", "", f"{about['date']}, `{about['command']}`"]
+                f"{each['peak'] / 1e6:.0f} ({each['imported'] / 1e6:.0f})", f"{each['GFLOP/s']:.0f} ({each['share']:.0%})",
+                *compared, *last]) + " |")
+    versions = "; ".join(f"{side}: " + ", ".join(map(" ".join, each.items())) for side, each in about["versions"].items())
+    lines += ["", f"Machine: {about['machine']}, {about['threads']} threads; matrix products of 2,048 x 2,048: "
+              f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bf16.", "", f"Versions: {versions}.", "", f"{about['date']}, `{about['command']}`"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "results.json").write_text(json.dumps({**about, "results": results, "runs": runs}, indent=1) + "\n", encoding="utf-8")
@@ -334,14 +336,15 @@ def growth(arguments):
             cells = []
             for side in runners:
                 parts = 2 if side == "2 processes" else 1
-                measured = worker("run", {"library": "trl" if side == "TRL" else "ours", "model": str(Path(temporary) / "gpt2"), "query": 8,
-                                          "response": length, "batch_size": size // parts, "mini_batch_size": 8 // parts, "epochs": 1,
-                                          "iterations": 1}, launch=launch if parts == 2 else (),
-                                  python=peer_python() if side == "TRL" else sys.executable, OMP_NUM_THREADS="1")
+                settings = {"library": "trl" if side == "TRL" else "ours", "model": str(Path(temporary) / "gpt2"), "query": 8,
+                            "response": length, "batch_size": size // parts, "mini_batch_size": 8 // parts, "epochs": 1, "iterations": 1}
+                measured = worker("run", settings, peer_python() if side == "TRL" else sys.executable, launch if parts == 2 else (),
+                                  OMP_NUM_THREADS="1")
                 seconds, memory = measured["rows"][0]["generate"] + measured["rows"][0]["step"], measured["peak"] / 1e6
                 curves.setdefault((grows, side), []).append((size * length, seconds, memory))
                 cells.append(f"{seconds:.2f}, {memory:.0f}")
-            lines.append(f"| {grows} | {size} | {length} | {size * length} | {size * length * 4096 * 4 / 1e6:.0f} | {' | '.join(cells)} |")
+            tokens = size * length
+            lines.append(f"| {grows} | {size} | {length} | {tokens} | {tokens * 4096 * 4 / 1e6:.0f} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "growth.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -359,11 +362,14 @@ def plot_growth(curves, path):
         tokens, *measured = zip(*sorted(points))
         for panel, values in zip(panels, measured):
             panel.plot(tokens, values, styles[side], color="C0" if grows == "length" else "C1", markersize=4, label=f"{grows} grows, {side}")
-    tokens, base = sorted({point[0] for points in curves.values() for point in points}), min(p[2] for points in curves.values() for p in points)
-    panels[1].plot(tokens, [base + count * 4096 * 4 / 1e6 for count in tokens], color="grey", linewidth=1, label="if all logits were kept once")
+    tokens, _, memory = zip(*sorted(point for points in curves.values() for point in points))
+    panels[1].plot(tokens, [min(memory) + count * 4096 * 4 / 1e6 for count in tokens], color="grey", linewidth=1,
+                   label="if all logits were kept once")
     for panel, title in zip(panels, ("seconds of an iteration", "peak memory of a process, MB")):
-        panel.set(xscale="log", xlabel="batch x response length, tokens", title=title, ylim=(0, None))
-    panels[1].legend(fontsize=7)
+        panel.set(xlabel="batch x response length, tokens", title=title, ylim=(0, 1.15 * panel.get_ylim()[1]))
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    panels[1].legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path)
 
@@ -374,9 +380,11 @@ def profile(arguments):
         worker("models", {"folder": temporary, "names": ["gpt2"]})
         settings = {**SMALL, "model": str(Path(temporary) / "gpt2"), "library": "ours", "batch_size": arguments.batch_size, "items": 5}
         now, before = [worker("profile", {**settings, "plain": plain}) for plain in (False, True)]
-    print(f"| | now: {now['seconds']:.2f} s | s itself (share) | plain path: {before['seconds']:.2f} s | s itself (share) |\n|---|---|---|---|---|")
+    print(f"Seconds of a step under the profiler: {now['seconds']:.2f} now, {before['seconds']:.2f} by the plain path.\n")
+    print("| | now | s itself (share) | plain path | s itself (share) |\n|---|---|---|---|---|")
     for number, pair in enumerate(zip(now["items"], before["items"]), 1):
-        print(f"| {number} | " + " | ".join(f"`{name}`, {count} times | {seconds:.2f} ({share:.0%})" for name, seconds, share, count in pair) + " |")
+        cells = [f"`{name}`, {count} times | {seconds:.2f} ({share:.0%})" for name, seconds, share, count in pair]
+        print(f"| {number} | " + " | ".join(cells) + " |")
 
 
 def main():
@@ -405,7 +413,8 @@ def main():
         table.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128, 256], help="batch sizes, at 24 response tokens")
     tables.add_parser("profile").add_argument("--batch_size", type=int, default=64, help="responses of the step")
     arguments = parser.parse_args()
-    {"features": features, "sharing": sharing, "stages": stages, "speed": speed, "growth": growth, "profile": profile}[arguments.table](arguments)
+    {"features": features, "sharing": sharing, "stages": stages, "speed": speed, "growth": growth,
+     "profile": profile}[arguments.table](arguments)
 
 
 if __name__ == "__main__":

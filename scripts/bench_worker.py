@@ -10,6 +10,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -127,7 +128,7 @@ def profile(settings):
     trainer, sampling, _ = make_trainer(settings)
     for number, (queries, _, scores) in enumerate(batches(settings, 4096, 2)):
         responses = trainer.generate(queries, return_prompt=False, max_new_tokens=settings["response"], batch_size=settings["batch_size"])
-        with torch.profiler.profile(activities=[ProfilerActivity.CPU] if number else []) as profiler:
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) if number else nullcontext() as profiler:
             began = time.perf_counter()
             trainer.step(queries, responses, scores)
             seconds = time.perf_counter() - began
