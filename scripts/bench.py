@@ -313,7 +313,8 @@ def write_results(folder, about, runs):
                 *compared, *last]) + " |")
     versions = "; ".join(f"{side}: " + ", ".join(map(" ".join, each.items())) for side, each in about["versions"].items())
     lines += ["", f"Machine: {about['machine']}, {about['threads']} threads; matrix products of 2,048 x 2,048: "
-              f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bf16.", "", f"Versions: {versions}.", "", f"{about['date']}, `{about['command']}`"]
+              f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bf16.", "", f"Versions: {versions}.", "",
+              f"{about['date']}, `{about['command']}`"]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "results.json").write_text(json.dumps({**about, "results": results, "runs": runs}, indent=1) + "\n", encoding="utf-8")
