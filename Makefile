@@ -14,7 +14,7 @@ STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume features sharing stages \
-	test test-long assets clean
+	bench profile test test-long assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -59,6 +59,12 @@ sharing: $(STAMP)  ## measure what running the shared layers once per batch save
 stages: $(STAMP)  ## measure 1 process, DDP and ZeRO-1, 2, 3 on 2 CPU processes
 	$(BIN)/python scripts/bench.py stages $(ARGS)
 
+bench: $(STAMP)  ## time and memory against TRL 0.11.4, which goes into .peer; about half an hour on 2 cores
+	$(BIN)/python scripts/bench.py speed $(ARGS)
+
+profile: $(STAMP)  ## the five operations that take most of a step, now and by the plain path
+	$(BIN)/python scripts/bench.py profile $(ARGS)
+
 test: $(STAMP)  ## every test but those of test-long
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 -m "not long" tests $(ARGS)
 
@@ -68,5 +74,5 @@ test-long: $(STAMP)  ## the tests that start DeepSpeed, and the README's launche
 assets: $(STAMP)  ## rebuild the committed models from the data; about an hour on 2 cores
 	$(BIN)/python scripts/make_assets.py $(ARGS)
 
-clean:  ## remove .venv and the caches, not runs/
-	rm -rf .venv .cache .pytest_cache */__pycache__ __pycache__
+clean:  ## remove .venv, .peer and the caches, not runs/
+	rm -rf .venv .peer .cache .pytest_cache */__pycache__ __pycache__

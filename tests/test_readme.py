@@ -40,7 +40,7 @@ def hub(tmp_path_factory):
 def checkout(tmp_path_factory):
     """A copy of the project whose .venv is this one, so that `make` finds its stamp and installs nothing."""
     copy = tmp_path_factory.mktemp("readme") / "plainppo"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", ".cache", "runs", "__pycache__"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".peer", ".git", ".cache", "runs", "__pycache__"))
     (copy / ".venv").symlink_to(ROOT / ".venv" if (ROOT / ".venv").exists() else sys.prefix)
     if (ROOT / ".cache" / "smollm2-135m").exists():
         (copy / ".cache").mkdir()
@@ -69,7 +69,9 @@ def test_every_python_block_runs_as_printed(checkout, hub):
 def run_line(line, checkout):
     # Longest lines cut short by the variable that scripts/train.py reads; the flags of the line itself are still parsed and used.
     environment = {**os.environ, "PLAINPPO_ARGS": "--steps 1 --batch_size 8 --eval_prompts 8 --max_new_tokens 8",
-                   "ARGS": {"make features": "--only seed0", "make sharing": "--rounds 1 --layers 5"}.get(line, "")}
+                   "ARGS": {"make features": "--only seed0", "make sharing": "--rounds 1 --layers 5",
+                            "make bench": "--no_peer --no_growth --only W1 --rounds 1 --iterations 1",
+                            "make profile": "--batch_size 16"}.get(line, "")}
     if "--warmup_steps" in line:
         environment["PLAINPPO_ARGS"] += " --warmup_steps 1"
     return subprocess.run(line, shell=True, cwd=checkout, env=environment, capture_output=True, text=True, timeout=500)
