@@ -494,7 +494,7 @@ def test_five_thousand_steps_leave_nothing_behind(forge, flags, tmp_path):
     first, last = (min(part) for part in (times[:15], times[-15:]))
     print(f"after step 100: {more['bytes']:.0f} bytes a step, {more}; {10 * first:.1f} ms a step at first, {10 * last:.1f} at last")
     assert more["bytes"] <= 256 and more["files"] == more["threads"] == more["tensors"] == 0
-    assert last < 1.25 * first
+    assert last < 1.5 * first       # a neighbour on the same core costs a fifth; what grows with the steps costs many times
 
 
 @long
