@@ -9,6 +9,8 @@ NUM_MACHINES ?= 1
 MACHINE_RANK ?= 0
 MAIN_ADDRESS ?= 127.0.0.1
 MAIN_PORT ?= 29500
+# Seconds that a launcher gives its processes to finish a step and save it after Ctrl-C or SIGTERM; its own default is 30.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 600
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -68,7 +70,7 @@ profile: $(STAMP)  ## the five operations that take most of a step, now and by t
 test: $(STAMP)  ## every test but those of test-long
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 -m "not long" tests $(ARGS)
 
-test-long: $(STAMP)  ## the tests that start DeepSpeed, and the README's launches; compiles an operator the first time
+test-long: $(STAMP)  ## DeepSpeed, the README's launches, kills, full disks, a soak; compiles an operator the first time
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 -m long tests $(ARGS)
 
 assets: $(STAMP)  ## rebuild the committed models from the data; about an hour on 2 cores

@@ -13,39 +13,44 @@ Shapes: `sum_over_processes` keeps the shape of what it is given.
 Copy me: needs torch, numpy and accelerate, and deepspeed where it is launched with it. Tested by tests/test_distributed.py.
 """
 import ctypes
+import errno
 import gc
 import hashlib
 import importlib.util
 import json
 import logging
 import os
+import platform
 import random
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import is_initialized
-from accelerate.utils import DeepSpeedPlugin, ProjectConfiguration
+from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
 logger = logging.getLogger(__name__)
 
 # ------------------------------------------------------------------------------------------------------ the machine
 
 
-def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, **kwargs):
+def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, timeout=600, **kwargs):
     """The Accelerator of this process: which device, how many processes, which trackers. Call it first, once.
 
     The same call serves `python`, `torchrun` and `accelerate launch`, GPUs and CPUs, with and without DeepSpeed. cpu=True stays
-    on the CPU where there is a GPU. Gradient accumulation is not accelerate's business here: it divides by the number of
-    mini-batches, and ppo_core divides by tokens. ValueError: the tracker's package or DeepSpeed is not installed, or the
-    machine cannot do what was asked.
+    on the CPU where there is a GPU. timeout: seconds that a process waits for the others before it gives up. Gradient
+    accumulation is not accelerate's business here: it divides by the number of mini-batches, and ppo_core divides by tokens.
+    ValueError: the tracker's package or DeepSpeed is not installed, or the machine cannot do what was asked.
     """
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"log_with is {log_with!r} but that package is not installed; run: pip install {log_with}")
@@ -56,8 +61,9 @@ def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, **kw
         keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")      # transformers imports deepspeed to save, which else warns that it found no GPU
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        cpu = prepare_for_deepspeed(cpu, kwargs)
-    return Accelerator(log_with=log_with, mixed_precision=mixed_precision, cpu=cpu,
+        cpu = prepare_for_deepspeed(cpu, kwargs, timeout)
+    handlers = [*kwargs.pop("kwargs_handlers", []), InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
+    return Accelerator(log_with=log_with, mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=handlers,
                        project_config=ProjectConfiguration(project_dir=project_dir) if project_dir else None, **kwargs)
 
 
@@ -122,7 +128,7 @@ def tracker_arguments(log_with, folder):
     return {"wandb": arguments}
 
 
-def prepare_for_deepspeed(cpu, kwargs):
+def prepare_for_deepspeed(cpu, kwargs, timeout):
     """What has to be said before the Accelerator exists. -> the `cpu` to give it; adds the plugin to its `kwargs`."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("this run was launched with DeepSpeed but deepspeed is not installed; run: pip install deepspeed ninja")
@@ -136,7 +142,7 @@ def prepare_for_deepspeed(cpu, kwargs):
         # accelerate takes its own cpu=True for "without DeepSpeed". What works is a gloo group that is there before the
         # Accelerator looks for one.
         os.environ.pop("ACCELERATE_USE_CPU", None)
-        PartialState(backend="gloo")
+        PartialState(backend="gloo", timeout=timedelta(seconds=timeout))
     if not is_initialized():        # a second Accelerator takes over the plugin of the first
         kwargs.setdefault("deepspeed_plugin", Zero3InitPlugin())
     return False
@@ -206,6 +212,18 @@ def gather_lists(accelerator, items):
     return gather_object(list(items))
 
 
+GROUPS = []
+
+
+def end(accelerator):
+    """Close the trackers and leave the group of processes; what waits for the others stands before it."""
+    if accelerator.num_processes > 1:
+        # Kept to the end of the process. Else DDP's wrapper holds the last reference: it waits for the group's thread while it has
+        # Python's lock, and the thread may wait for that lock (torch 2.13: one run in ten did not end).
+        GROUPS.append(torch.distributed.group.WORLD)
+    accelerator.end_training()
+
+
 @contextmanager
 def together(accelerator, kind=ValueError):
     """A check that may fail on one process: then all stop, each with that process's message. kind: the exception it raises.
@@ -230,26 +248,103 @@ def together(accelerator, kind=ValueError):
 def phase(accelerator, name):
     """Whatever goes wrong inside is said with the rank and the phase, and goes on its way.
 
-    The process then ends and its launcher ends the others, whose messages (a lost connection) would say nothing by themselves.
+    The process then ends and its launcher ends the others, whose messages (a lost connection) would say nothing by themselves. One
+    that waited in vain for another says where that one is: each tells the group's store which phase it enters.
     """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    here = {"phase": name, "since": time.time(), "pid": os.getpid(), "machine": platform.node()}
+    torch.distributed.group.WORLD.get_group_store().set(f"phase of rank {accelerator.process_index}", json.dumps(here))
     try:
         yield
     except Exception as error:
-        if accelerator.num_processes > 1:
-            print(f"rank {accelerator.process_index} of {accelerator.num_processes} stops in {name}: {type(error).__name__}: {error}",
-                  file=sys.stderr, flush=True)
+        print(f"rank {accelerator.process_index} of {accelerator.num_processes} stops in {name}: {type(error).__name__}: {error}",
+              file=sys.stderr, flush=True)
+        if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):      # gloo's are plain RuntimeErrors
+            say_where_others_are(accelerator, end_them="timed out" in str(error).lower())
         raise
 
 
-def end(accelerator):
-    """Close the trackers and the group of processes. All must call, last.
+def say_where_others_are(accelerator, end_them):
+    """One line for each other rank: its last phase, and whether it still runs. end_them: those of this launcher, at once.
 
-    gloo's threads let go of a sum's tensors a moment after the sum is known, and need Python's lock for it. Ending the group waits for
-    these threads and holds that lock: for ever, if one of them is late. So all wait until there is nothing left to let go of.
+    A rank that is stopped, or waits for something else, does not hear the launcher's SIGTERM, and its SIGKILL comes 30 s later.
     """
-    accelerator.wait_for_everyone()
-    time.sleep(0.1)
-    accelerator.end_training()
+    siblings, until = [], time.monotonic() + (0 if end_them else 1)     # a process that was killed needs a moment to vanish
+    for rank, there in told_by_others(accelerator).items():
+        state = f"on {there['machine']}"
+        if there["machine"] == platform.node():
+            state, sibling = state_of_process(there["pid"], until)
+            siblings += [sibling] if sibling is not None else []
+        print(f"rank {accelerator.process_index} waited for rank {rank}, which has been in {there['phase']} for "
+              f"{time.time() - there['since']:.0f} s and is {state}", file=sys.stderr, flush=True)
+    for process in siblings if end_them else []:
+        process.kill()
+
+
+def told_by_others(accelerator, patience=3.0):
+    """-> {rank: what `phase` told the store last}. The store is the launcher's; without one it is rank 0's, and dies or stops with it."""
+    store, told = torch.distributed.group.WORLD.get_group_store(), {}
+
+    def ask():      # in a thread: a store that is stopped never answers, and has no time-out
+        for rank in sorted(set(range(accelerator.num_processes)) - {accelerator.process_index}):
+            if store.check([f"phase of rank {rank}"]):
+                told[rank] = json.loads(store.get(f"phase of rank {rank}"))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(patience)
+    if not told:
+        print(f"rank {accelerator.process_index} waited in vain, and rank 0, which keeps the list of phases, does not answer",
+              file=sys.stderr, flush=True)
+    return dict(told)
+
+
+def state_of_process(pid, until):
+    """-> in words, what a process of this machine does; and its psutil.Process if it is alive and a child of our own parent.
+
+    A pid of another container, or one that was given away again, is not. until: time up to which it may still stop or vanish.
+    """
+    import psutil       # accelerate needs it too
+    try:
+        process = psutil.Process(pid)
+        while (status := process.status()) not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE) and time.monotonic() < until:
+            time.sleep(0.05)
+        sibling = process if process.ppid() == os.getppid() else None
+    except psutil.NoSuchProcess:
+        return "dead", None
+    if status == psutil.STATUS_ZOMBIE:
+        return "dead", None
+    return ("stopped by a signal" if status == psutil.STATUS_STOPPED else f"still there ({status})"), sibling
+
+
+@contextmanager
+def stop_signals(accelerator):
+    """-> function() -> the number of a signal that asks any process to stop, SIGINT or SIGTERM; 0 for none. All must call it.
+
+    Each then knows at the same point of the run, where nothing is half done. A second Ctrl-C ends its process at once, and so does
+    what a launcher sends after one. A second SIGTERM does not: a scheduler sends it to every process, and the launcher once more.
+    """
+    numbers, received = (signal.SIGINT, signal.SIGTERM), []
+
+    def note(number, frame):
+        received.append(number)
+        os.write(2, f"{signal.Signals(number).name}: this step is finished and saved first; Ctrl-C stops at once\n".encode())
+        for each in numbers if number == signal.SIGINT else (signal.SIGINT,):
+            signal.signal(each, signal.SIG_DFL)         # the system's: it works inside a long computation, too
+
+    def asked():
+        flags = torch.tensor([float(number in received) for number in numbers], device=accelerator.device)
+        flags = sum_over_processes(accelerator)(flags).tolist()
+        return next((int(number) for number, flag in zip(numbers, flags) if flag), 0)
+
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -------------------------------------------------------------------------------------------------------- models
@@ -484,41 +579,91 @@ def largest_peak_memory(accelerator):
 # --------------------------------------------------------------------------------------------------- checkpoints
 
 MANIFEST = "manifest.json"
+FULL = os.strerror(errno.ENOSPC)        # No space left on device
 
 
 @contextmanager
-def whole_folder(accelerator, folder):
+def writes(accelerator):
+    """Files are written inside, by one process or by all, and nothing is exchanged. A write that fails on one is an OSError on all."""
+    with together(accelerator, OSError):
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, OSError) or FULL not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, FULL) from error        # safetensors and tokenizers have exceptions of their own
+
+
+@contextmanager
+def os_error_is_one_sentence(path, needed):
+    """An OSError inside becomes a ValueError: on a full disk with the bytes that were needed, or nearly so, and those that are free."""
+    try:
+        yield
+    except OSError as error:
+        there = next(place for place in Path(path).absolute().parents if place.exists())
+        room = f"; it needs {needed:,} bytes and {shutil.disk_usage(there).free:,} are free; make room" if FULL in str(error) else ""
+        raise ValueError(f"{path} was not written: {error}{room}, and resume the run") from error
+
+
+@contextmanager
+def whole_folder(accelerator, folder, needed=0):
     """-> a folder to fill, on every process. When the context ends well it becomes `folder`; a run killed before leaves none.
 
     The order is what makes it safe: every file to the disk, then the manifest with their sizes and SHA-256 sums, then one rename.
-    ValueError when `folder` is there already.
+    What writes inside does so in `writes`. needed: bytes, which must be free before it begins. ValueError: `folder` is there already,
+    or the disk is full, and then nothing is left of it.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} is there already, and is left as it is; choose another name or move it away")
     partial = folder.with_name(folder.name + ".partial")
-    if accelerator.is_main_process:
-        if partial.exists():        # of a run that was killed
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield partial
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in files.values():
-            path.chmod(0o666 & ~umask)      # safetensors writes for the owner alone, whatever was asked for
-            to_disk(path)
-        entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
-        (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
-        for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
-            to_disk(path)
-        os.replace(partial, folder)
-        for parent in (folder.parent, folder.parent.parent):        # the folder's new name, and its parent's, which may be new too
-            to_disk(parent)
-    accelerator.wait_for_everyone()
+    with together(accelerator):
+        if accelerator.is_main_process and folder.exists():
+            raise ValueError(f"{folder} is there already, and is left as it is; choose another name or move it away")
+    with os_error_is_one_sentence(folder, needed):
+        try:
+            with writes(accelerator):
+                if accelerator.is_main_process:
+                    make_room(partial, needed)
+            yield partial
+            with writes(accelerator):
+                if accelerator.is_main_process:
+                    seal(partial, folder)
+        except OSError:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def make_room(partial, needed):
+    """An empty folder. OSError when its disk cannot take so many bytes: before they are written rather than after half of them."""
+    if partial.exists():        # of a run that was killed
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    if shutil.disk_usage(partial).free < needed:
+        raise OSError(errno.ENOSPC, FULL)
+
+
+def seal(partial, folder):
+    """Every file to the disk, then the manifest, then the rename."""
+    files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
+    for path in files.values():
+        to_disk(path)
+    entries = {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()}
+    (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
+    give_usual_modes(partial)
+    for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
+        to_disk(path)
+    os.replace(partial, folder)
+    for parent in (folder.parent, folder.parent.parent):        # the folder's new name, and its parent's, which may be new too
+        to_disk(parent)
+
+
+def give_usual_modes(folder):
+    """To every file in it what the umask asks for: safetensors writes for the owner alone, whatever was asked for."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def to_disk(path):

@@ -1039,12 +1039,25 @@ class PPOTrainer:
 
         kwargs go to transformers' save_pretrained, `max_shard_size` for one.
         """
-        from distributed import full_state_dict, unwrap
+        from distributed import full_state_dict, give_usual_modes, unwrap, writes
         state = full_state_dict(self.accelerator, self.model)       # from all processes: under ZeRO-3 each has a share
-        if self.accelerator.is_main_process:
-            unwrap(self.model).save_pretrained(folder, state_dict=state, **kwargs)
-            self.tokenizer.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+        with writes(self.accelerator):                              # and none goes on before it is written
+            if self.accelerator.is_main_process:
+                unwrap(self.model).save_pretrained(folder, state_dict=state, **kwargs)
+                self.tokenizer.save_pretrained(folder)
+                give_usual_modes(folder)
+
+    def bytes_to_save(self, optimizer=True):
+        """What save_checkpoint writes, or save_pretrained without the optimizer: the tensors' bytes, which are nearly all of it."""
+        from distributed import unwrap, whole_numel, zero_stage
+        from optim import state_bytes
+        weights = sum(whole_numel(p) * p.element_size() for p in unwrap(self.model).parameters())
+        if not optimizer:
+            return weights
+        state = torch.tensor(state_bytes(self.optimizer), dtype=torch.float64, device=self.accelerator.device)
+        if zero_stage(self.accelerator) == 0:
+            return weights + int(state)
+        return 2 * weights + int(self.reduce(state))        # a share of the state in each process, and float32 weights beside it
 
     def save_checkpoint(self, folder):
         """Everything that the next step depends on, in a folder that is whole or not there; see `load_checkpoint`.
@@ -1053,7 +1066,7 @@ class PPOTrainer:
         generators. safetensors and JSON only, so reading a checkpoint executes nothing; but under ZeRO each process's share of
         weights and state is DeepSpeed's own file, a pickle.
         """
-        from distributed import random_states, whole_folder, zero_stage
+        from distributed import random_states, whole_folder, writes, zero_stage
         from optim import pack_schedule, pack_state
         from safetensors.torch import save_file
         self.check_weights()                    # or the checkpoint to go back to would be the one that cannot go on
@@ -1062,23 +1075,26 @@ class PPOTrainer:
                  "lr_scheduler": None if self.lr_scheduler is None else pack_schedule(self.lr_scheduler),
                  "scaler": None if scaler is None else scaler.state_dict(),
                  "zero_stage": zero_stage(self.accelerator), "processes": self.accelerator.num_processes}
-        with whole_folder(self.accelerator, folder) as partial:
+        with whole_folder(self.accelerator, folder, needed=self.bytes_to_save()) as partial:
             self.save_pretrained(partial / "model", save_original_format=False)     # as it is, also where the hub has other names
             if state["zero_stage"] > 0:
                 self.model.save_checkpoint(str(partial), tag="zero")
-            elif self.accelerator.is_main_process:
-                tensors, state["optimizer"] = pack_state(self.optimizer)
-                save_file(tensors, partial / "optimizer.safetensors")
-            if self.accelerator.is_main_process:
-                (partial / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
-            states = random_states(self.accelerator.device)
-            (partial / f"random-{self.accelerator.process_index}.json").write_text(json.dumps(states), encoding="utf-8")
+            with writes(self.accelerator):
+                if self.accelerator.is_main_process:
+                    if state["zero_stage"] == 0:
+                        tensors, state["optimizer"] = pack_state(self.optimizer)
+                        save_file(tensors, partial / "optimizer.safetensors")
+                    (partial / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
+                states = random_states(self.accelerator.device)
+                (partial / f"random-{self.accelerator.process_index}.json").write_text(json.dumps(states), encoding="utf-8")
 
-    def load_checkpoint(self, folder):
+    def load_checkpoint(self, folder, check=True):
         """Go on where `save_checkpoint` was: the steps that follow are, bit for bit, those that would have followed there.
 
         Make the trainer as it was made for the first step, with the reference of the untrained model, and feed it the prompts of the
-        steps that are left: where `dataloader` stood is not saved. Another number of processes works without DeepSpeed; a process without a saved random state then keeps its own.
+        steps that are left: where `dataloader` stood is not saved. Another number of processes works without DeepSpeed; a process
+        beyond the saved number then keeps its own random state.
+        check=False: the caller has just compared the folder with its manifest, for which all of it is read.
         ValueError: the folder is damaged, or of another model, optimizer or ZeRO stage.
         """
         from distributed import damage, set_random_states, together, zero_stage
@@ -1086,7 +1102,7 @@ class PPOTrainer:
         folder, accelerator = Path(folder), self.accelerator
         stage, processes = zero_stage(accelerator), accelerator.num_processes
         with together(accelerator):
-            problem = damage(folder)
+            problem = damage(folder) if check else None
             if problem is not None:
                 raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
             state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
@@ -1094,6 +1110,10 @@ class PPOTrainer:
                 raise ValueError(
                     f"{folder} was saved by {state['processes']} processes with ZeRO-{state['zero_stage']} (0 = without) and this run has "
                     f"{processes} with ZeRO-{stage}; launch it as it was saved, or start a new run from {folder / 'model'}")
+            own = folder / f"random-{accelerator.process_index}.json"
+            if accelerator.process_index < state["processes"] and not own.is_file():
+                raise ValueError(f"{folder} cannot be loaded: {own.name} is missing, and with it where the random numbers stood; "
+                                 "use an older checkpoint")
         self.load_weights_and_optimizer(folder, state, stage)
         if self.lr_scheduler is not None:
             unpack_schedule(self.lr_scheduler, state["lr_scheduler"])
@@ -1101,7 +1121,6 @@ class PPOTrainer:
             accelerator.scaler.load_state_dict(state["scaler"])
         self.steps_done, self.kl_ctl.value = state["steps_done"], state["kl_coef"]
         self.score_moments.load_state_dict(state["score_moments"])
-        own = folder / f"random-{accelerator.process_index}.json"
         if own.is_file():
             set_random_states(json.loads(own.read_text(encoding="utf-8")), accelerator.device)
 

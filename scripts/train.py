@@ -29,8 +29,10 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
@@ -86,9 +88,10 @@ class RunConfig(PPOConfig):
     warmup_steps: int = knob(0, "steps over which the learning rate rises to its value")
     num_shared_layers: Optional[int] = knob(None, "first layers that policy and reference share, frozen; default: none")
     reference_bits: Optional[Literal[8, 4]] = knob(None, "load the reference in 8 or 4 bits; needs bitsandbytes")
-    save_every: int = knob(20, "steps between checkpoints; 0 = none")
+    save_every: int = knob(20, "steps between checkpoints; 0 = none, but for the one that Ctrl-C or SIGTERM leaves")
     keep_last: int = knob(2, "checkpoints kept; at least 2, so that a whole one is left when the newest is damaged")
     resume: Optional[str] = knob(None, "run folder to go on with, with its own settings, from its newest whole checkpoint")
+    collective_timeout: int = knob(600, "seconds that a process waits for the others before the run ends")
     cpu: bool = knob(False, "stay on the CPU where there is a GPU")
 
     def __post_init__(self):
@@ -98,7 +101,7 @@ class RunConfig(PPOConfig):
             per_step = max(1, self.batch_size // self.gradient_accumulation_steps)
             self.mini_batch_size = max(n for n in range(1, min(32, per_step) + 1) if per_step % n == 0)
         super().__post_init__()
-        for name in ("steps", "max_new_tokens", "eval_prompts"):
+        for name in ("steps", "max_new_tokens", "eval_prompts", "collective_timeout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.save_every < 0 or self.keep_last < 2:
@@ -117,7 +120,7 @@ def main(arguments=None):
     transformers.utils.logging.disable_progress_bar()      # its bars for loading and saving would cut through ours
 
     # ----------------------------------------------------------------------------------------------- machine
-    accelerator = distributed.start(log_with=config.log_with, project_dir="runs", cpu=config.cpu)
+    accelerator = distributed.start(log_with=config.log_with, project_dir="runs", cpu=config.cpu, timeout=config.collective_timeout)
     run = RunFolder(config, accelerator)
     if run.finished():
         run.say(f"{config.resume} is finished after {config.steps} steps; there is nothing left to do")
@@ -159,18 +162,17 @@ def main(arguments=None):
     run.say(f"before: {before}")
     # From here on each rank draws its own numbers: it must sample other responses than its neighbour.
     distributed.seed_everything(config.seed, rank=accelerator.process_index)
-    with distributed.phase(accelerator, "resuming"):
-        done = run.restore(trainer)
-    for step in range(done + 1, config.steps + 1):
-        one_step(trainer, reward, train_prompts, step, run)
+
+    with distributed.stop_signals(accelerator) as stop:
+        for step in range(run.restore(trainer) + 1, config.steps + 1):
+            one_step(trainer, reward, train_prompts, step, run)
+            run.save(trainer, step, stop())
 
     # ---------------------------------------------------------------------------------------- before / after
     after = evaluate(trainer, reward, eval_prompts)
-    with distributed.phase(accelerator, "final/"):
-        trainer.save_pretrained(run.folder / "final")
-        peak = distributed.largest_peak_memory(accelerator)
-        distributed.end(accelerator)
-        run.finish(before, after, optim.state_bytes(trainer.optimizer), peak)
+    run.save_final(trainer)
+    run.finish(before, after, optim.state_bytes(trainer.optimizer), distributed.largest_peak_memory(accelerator))
+    distributed.end(accelerator)
 
 
 def one_step(trainer, reward, train_prompts, step, run):
@@ -199,7 +201,6 @@ def one_step(trainer, reward, train_prompts, step, run):
     with distributed.phase(accelerator, f"step {step}, (f) book-keeping"):
         trainer.log_stats(stats, {"query": texts, "response": answers}, scores)
         run.record(step, stats, time.perf_counter() - started)
-        run.save(trainer, step)
 
 
 # ------------------------------------------------------------------------------------------------ what main() calls
@@ -353,7 +354,6 @@ def leave_out(trainer, step, run, error):
     trainer.accelerator.log({"ppo/bad_batch": 1.0}, step=trainer.steps_done)
     run.say(f"step {step:4d}/{trainer.config.steps}  left out: {error} ({kept})")
     run.write_line(step, {"ppo/bad_batch": 1.0})
-    run.save(trainer, step)
 
 
 def prompts_of_step(prompts, step, config, accelerator):
@@ -445,7 +445,7 @@ class RunFolder:
     """runs/<name>/: made before anything is computed, filled as the run goes. Only the main process writes and prints."""
 
     def __init__(self, config, accelerator):
-        self.main, self.started, self.steps = accelerator.is_main_process, time.perf_counter(), config.steps
+        self.accelerator, self.main, self.started, self.steps = accelerator, accelerator.is_main_process, time.perf_counter(), config.steps
         self.seconds, self.timed = 0.0, 0       # seconds spent in that many steps
         self.save_every, self.keep_last, self.resumed = config.save_every, config.keep_last, config.resume is not None
         made = self.make(config) if self.main else None
@@ -472,8 +472,9 @@ class RunFolder:
             elif not unused(folder):
                 return None, f"{folder} already has a run or other files; choose another --output_dir or move it away"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps({**settings, "versions": versions, "sha256": digest(settings)}, indent=1))
-            self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+            (folder / "metrics.jsonl").write_text("")
+            # last: a folder with a config.json is a run, which --resume goes on with
+            replace_file(folder / "config.json", json.dumps({**settings, "versions": versions, "sha256": digest(settings)}, indent=1))
         except OSError as error:
             return None, f"cannot write to the run folder {folder}: {error.strerror}; choose another --output_dir"
         return str(folder), None
@@ -487,9 +488,9 @@ class RunFolder:
 
     def record(self, step, stats, seconds):
         """One line of metrics.jsonl, and one for the person who waits."""
+        self.write_line(step, {k: v.tolist() if torch.is_tensor(v) else v for k, v in stats.items() if not torch.is_tensor(v) or "_dist" in k})
         if not self.main:
             return
-        self.write_line(step, {k: v.tolist() if torch.is_tensor(v) else v for k, v in stats.items() if not torch.is_tensor(v) or "_dist" in k})
         self.seconds, self.timed = self.seconds + seconds, self.timed + 1
         left = int(self.seconds / self.timed * (self.steps - step))
         tokens = sum(stats["tokens/responses_dist"].tolist())
@@ -498,9 +499,12 @@ class RunFolder:
                  f"{tokens / seconds:5.0f} tokens/s  {left // 60:3d}:{left % 60:02d} left")
 
     def write_line(self, step, numbers):
-        if self.main:
-            self.metrics.write(json.dumps({"step": step, **numbers}) + "\n")
-            self.metrics.flush()
+        """Of metrics.jsonl. All must call."""
+        line, path = json.dumps({"step": step, **numbers}) + "\n", self.folder / "metrics.jsonl"
+        with self.writes(path, len(line)):
+            if self.main:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(line)
 
     def keep_batch(self, accelerator, batch, step, error):
         """Into bad_batch.safetensors, what all processes were working on: tokens as one flat list and its lengths. -> what to say of it.
@@ -530,24 +534,48 @@ class RunFolder:
         known, = accelerate.utils.broadcast_object_list([known])
         if known is not None:
             return known
-        before = evaluate()
+        before, text = evaluate(), None
         if self.main:
-            replace_file(path, json.dumps(dataclasses.asdict(before)))
+            text = json.dumps(dataclasses.asdict(before))
+        with self.writes(path, len(text or "")):
+            if self.main:
+                replace_file(path, text)
         return before
 
-    def save(self, trainer, step):
-        """A checkpoint every `save_every` steps. An older one goes only when the new one has been read back."""
-        if not self.save_every or step % self.save_every:
+    @contextmanager
+    def writes(self, path, needed):
+        """The main process writes inside; where it cannot, all stop with the reason, in one sentence."""
+        with distributed.os_error_is_one_sentence(path, needed), distributed.writes(self.accelerator):
+            yield
+
+    def save(self, trainer, step, stop):
+        """A checkpoint every `save_every` steps, and one when a signal asked to stop: its number, or 0. Then the run ends here."""
+        if not stop and not (self.save_every and step % self.save_every == 0):
             return
         folder = self.folder / "checkpoints" / f"step-{step:06d}"
-        if self.main:
-            distributed.to_disk(self.folder / "metrics.jsonl")      # the lines up to this step must outlive what the checkpoint does
-        trainer.save_checkpoint(folder)
-        problem = distributed.damage(folder) if self.main else None
-        if problem is not None:
-            raise ValueError(f"{folder} was just written and is already damaged: {problem}; the disk cannot be trusted")
-        for old in self.checkpoints()[self.keep_last:] if self.main else []:
-            shutil.rmtree(old)
+        with distributed.phase(self.accelerator, f"step {step}, (f) saving"):
+            if self.main:
+                distributed.to_disk(self.folder / "metrics.jsonl")      # the lines up to this step must outlive what the checkpoint does
+            trainer.save_checkpoint(folder)
+            with distributed.together(self.accelerator):
+                problem = distributed.damage(folder) if self.main else None
+                if problem is not None:
+                    raise ValueError(f"{folder} was just written and is already damaged: {problem}; the disk cannot be trusted")
+            for old in self.checkpoints()[self.keep_last:] if self.main else []:        # only now that the new one has been read back
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))      # a deletion that is cut short leaves no half under that name
+        if stop:
+            self.say(f"{signal.Signals(stop).name}: stopped after step {step}, which is saved in {folder}; --resume {self.folder} goes on")
+            self.accelerator.wait_for_everyone()        # the launcher ends the others when the first leaves
+            sys.exit(128 + stop)        # what a shell says of a process that a signal ended
+
+    def save_final(self, trainer):
+        """The trained policy, in final/: whole or not there."""
+        with distributed.phase(self.accelerator, "final/"):
+            folder, needed = self.folder / "final", trainer.bytes_to_save(optimizer=False)
+            if self.main and folder.exists():       # of a run that was killed just after
+                shutil.rmtree(folder)
+            with distributed.whole_folder(self.accelerator, folder, needed) as partial:
+                trainer.save_pretrained(partial)
 
     def checkpoints(self):
         """Newest first."""
@@ -557,21 +585,25 @@ class RunFolder:
         """Into `trainer`, the newest whole checkpoint of a resumed run. -> the step it was made after; 0 = from the start."""
         if not self.resumed:
             return 0
-        newest = self.newest_whole() if self.main else None
-        newest, = accelerate.utils.broadcast_object_list([newest])
-        if newest is not None:
-            trainer.load_checkpoint(newest)
-        done = trainer.steps_done
-        self.say(f"resuming after step {done}")
-        if self.main:
+        with distributed.phase(self.accelerator, "resuming"):
+            newest = self.newest_whole() if self.main else None
+            newest, = accelerate.utils.broadcast_object_list([newest])
+            if newest is not None:
+                trainer.load_checkpoint(newest, check=False)        # newest_whole has just done that
+            done = trainer.steps_done
+            self.say(f"resuming after step {done}")
             path = self.folder / "metrics.jsonl"        # what was recorded after the checkpoint is done again
-            lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            replace_file(path, "".join(f"{line}\n" for line in lines[:done]))
-            self.metrics = open(path, "a", encoding="utf-8")
+            lines = path.read_text(encoding="utf-8").splitlines()[:done] if self.main and path.is_file() else []
+            text = "".join(f"{line}\n" for line in lines)
+            with self.writes(path, len(text)):
+                if self.main:
+                    replace_file(path, text)
         return done
 
     def newest_whole(self):
         """-> folder or None. Damaged ones are said, and put aside under another name: their step will be saved again."""
+        for left in (self.folder / "checkpoints").glob("*.partial"):       # by a save or a deletion that was cut short
+            shutil.rmtree(left)
         for folder in self.checkpoints():
             problem = distributed.damage(folder)
             if problem is None:
@@ -584,9 +616,11 @@ class RunFolder:
         return None
 
     def finish(self, before, after, state_bytes, peak):
-        if not self.main:
-            return
-        self.metrics.close()
+        with self.writes(self.folder / "curves.png", 150_000):      # the largest of what follows
+            if self.main:
+                self.write_report(before, after, state_bytes, peak)
+
+    def write_report(self, before, after, state_bytes, peak):
         lines = [json.loads(line) for line in open(self.folder / "metrics.jsonl", encoding="utf-8")]
         rows = [line for line in lines if not line.get("ppo/bad_batch")]        # a batch that was left out has no statistics
         draw_curves(rows, self.folder / "curves.png")
@@ -606,9 +640,13 @@ class RunFolder:
 def replace_file(path, content):
     """The old file or the new one, never half of one. content: text or bytes."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
-    distributed.to_disk(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        distributed.to_disk(partial)
+        os.replace(partial, path)
+    except OSError:                 # it would take up room where there is none
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def first_free(prefix):
@@ -625,8 +663,8 @@ def first_free(prefix):
 def unused(folder):
     """True for a folder that does not exist, is empty, or was begun by a run that ended before its first step."""
     files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
-    begun = set(files) == {"config.json", "metrics.jsonl"} and files["metrics.jsonl"].stat().st_size == 0
-    return begun or not files
+    begun = set(files) <= {"config.json", "config.json.partial", "metrics.jsonl"}
+    return begun and sum(path.stat().st_size for name, path in files.items() if name == "metrics.jsonl") == 0
 
 
 def draw_curves(rows, path):

@@ -15,4 +15,4 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "long: starts DeepSpeed, or a launcher for a README line; make test-long")
+    config.addinivalue_line("markers", "long: starts DeepSpeed or a launcher for a README line, or takes minutes; make test-long")
