@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_distributed import HERE, ROOT, execute, launcher
 from test_ppo_core import GOLDEN, ragged
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import rewards
 import train
@@ -622,6 +622,8 @@ def test_a_checkpoint_with_a_pickle_in_any_place_is_refused_and_none_is_executed
 def test_code_that_a_model_brings_is_not_executed_unless_the_user_says_so(source, auto_map, known, small, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")           # what transformers would ask the terminal
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for kind in (GPT2Config, GPT2LMHeadModel):      # where transformers notes that a class came with a model, to save its code, too
+        monkeypatch.setattr(kind, "_auto_class", None)
     folder = tmp_path / source
     shutil.copytree(small / source, folder)
     code = f"open({str(tmp_path / 'fired')!r}, 'w')\nfrom transformers import GPT2Config as Config, GPT2LMHeadModel as Model\n"
