@@ -524,7 +524,7 @@ class PPOTrainer:
         self.steps_done = 0
         # Logits held at once: 64 MB of them. Under ZeRO-3 every use of `lm_head` is an exchange between processes, which must be as
         # many on each, so there all are made at once.
-        vocabulary = distributed.unwrap(self.model).config.vocab_size
+        vocabulary = distributed.unwrap(self.model).pretrained_model.get_output_embeddings().out_features
         self.chunk = None if distributed.zero_stage(self.accelerator) == 3 else max(8, 2 ** 24 // vocabulary // 8 * 8)
         self.where, self.in_hand = "", ((), (), ())     # what `refuse` says and hands on: the place; queries, responses, scores
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
