@@ -393,7 +393,7 @@ def main():
     tables = parser.add_subparsers(dest="table", required=True)
     rows = tables.add_parser("features")
     rows.add_argument("--only", nargs="+", choices=list(ROWS), default=list(ROWS), help="rows to run; default: all")
-    rows.add_argument("--steps", type=int, default=70, help="PPO steps per row")
+    rows.add_argument("--steps", type=int, default=60, help="PPO steps per row")
     rows.add_argument("--output_dir", type=Path, default=Path("runs/features"), help="folder for the runs and table.md")
     share = tables.add_parser("sharing")
     share.add_argument("--rounds", type=int, default=5, help="measured steps of each way")

@@ -73,7 +73,7 @@ class RunConfig(PPOConfig):
     learning_rate: Optional[float] = knob(None, f"of the optimizer; default: {ADAM_LEARNING_RATE}, and a third of it for lion")
     init_kl_coef: float = knob(0.01, "reward lost per nat of KL to the reference, at the start")
     # ---- the script's own
-    steps: int = knob(70, "PPO steps; each is one batch of responses")
+    steps: int = knob(60, "PPO steps; each is one batch of responses")
     output_dir: Optional[str] = knob(None, "folder for the run; default: runs/<model>-<first free number>")
     prompts: str = knob("assets/review-prompts.txt", "text file, one prompt per line")
     eval_prompts: int = knob(200, "last prompts of the file, kept from training and answered before and after")
