@@ -148,16 +148,25 @@ def fill(train, method, number, left, disk):
 
 def soak(train, every, leak):
     """SOAK=<n>:<leak>: every n-th step writes to soak.json what this process holds. leak: what is lost at each step, or nothing."""
+    import ctypes
     import gc
 
     import psutil
     import torch
+
+    class Heap(ctypes.Structure):       # malloc.h: mallinfo2
+        _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+                                                         "fordblks", "keepcost")]
+    heap = ctypes.CDLL(None).mallinfo2
+    heap.restype = Heap
     process, found, lost, original, every = psutil.Process(), [], [], train.one_step, int(every)
 
     def measure(step):
         gc.collect()
         return {"step": step, "files": process.num_fds(), "threads": process.num_threads(), "time": time.process_time(),
-                "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()), "bytes": process.memory_info().rss}
+                "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()), "bytes": process.memory_info().rss,
+                # freed memory is kept, see distributed.keep_freed_memory, and a small leak would hide in it for long
+                "heap": heap().uordblks + heap().hblkhd}
 
     def one_step(trainer, reward, prompts, step, run):
         original(trainer, reward, prompts, step, run)

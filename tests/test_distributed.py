@@ -457,13 +457,13 @@ def test_an_exception_on_one_rank_during_set_up_stops_all_and_says_where(tmp_pat
 
 @long
 def test_an_exception_while_the_model_is_saved_leaves_a_run_that_can_be_resumed(tmp_path):
-    """The main process cannot write config.json, as there is a folder of that name; the other has only to be stopped."""
-    block = ("def at_each_call():\n    if rank == '0' and len(calls) == 5:\n        (here / 'run' / 'final' / 'config.json').mkdir(parents=True)\n"
+    """The main process cannot make final/, as there is a file of that name; the other has only to be stopped."""
+    block = ("def at_each_call():\n    if rank == '0' and len(calls) == 5:\n        (here / 'run' / 'final').write_text('in the way')\n"
              "        (here / 'failed').write_text(str(time.time()))\n")
     output, seconds = fails("deepspeed_zero2", tmp_path, block)
     assert seconds < 15
-    assert "rank 0 of 2 stops in final/: IsADirectoryError: " in output and not (tmp_path / "run" / "summary.json").exists()
-    (tmp_path / "run" / "final" / "config.json").rmdir()
+    assert "rank 0 of 2 stops in final/: NotADirectoryError: " in output and not (tmp_path / "run" / "summary.json").exists()
+    (tmp_path / "run" / "final").unlink()
     assert "resuming after step 3" in goes_on(tmp_path, "deepspeed_zero2")
 
 
