@@ -212,15 +212,14 @@ def gather_lists(accelerator, items):
     return gather_object(list(items))
 
 
-GROUPS = []
-
-
 def end(accelerator):
-    """Close the trackers and leave the group of processes; what waits for the others stands before it."""
-    if accelerator.num_processes > 1:
-        # Kept to the end of the process. Else DDP's wrapper holds the last reference: it waits for the group's thread while it has
-        # Python's lock, and the thread may wait for that lock (torch 2.13: one run in ten did not end).
-        GROUPS.append(torch.distributed.group.WORLD)
+    """Close the trackers and the group of processes. All must call, last.
+
+    gloo's threads let go of a sum's tensors a moment after the sum is known, and need Python's lock for it. Ending the group waits for
+    these threads and holds that lock: for ever, if one of them is late. So all wait until there is nothing left to let go of.
+    """
+    accelerator.wait_for_everyone()
+    time.sleep(0.1)
     accelerator.end_training()
 
 
