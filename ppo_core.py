@@ -16,7 +16,7 @@ Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer
       rewards           -k -k -k -k+score         k = kl_coef * kl[t]
 
     input_ids, attention_mask are (B, T), T = the longest query + response; everything about tokens of the response is (B, R).
-Copy me: the settings and the functions need torch and numpy; PPOTrainer needs the five files beside this one.
+Copy me: the settings and the functions need torch and numpy (fuse_activations and roomy_cache transformers); PPOTrainer needs the five files beside this one.
 Tested by tests/test_ppo_core.py and, number by number against TRL, tests/test_golden.py.
 """
 import copy
@@ -259,7 +259,7 @@ def even_size(n):
     """n rounded up to one of few sizes, by 7 or by an eighth at most: 8, 16, ... 128, 144, ... 256, 288, ...
 
     Products of matrices are made by kernels that are built for the sizes they meet. One that is new costs about half a millisecond and
-    half a megabyte on a CPU, for good, which with ragged responses was more than the work itself.
+    half a megabyte on a CPU, and the megabytes stay: with ragged responses every mini-batch brought new ones.
     """
     step = max(8, 2 ** ((n - 1).bit_length() - 4))
     return -(-n // step) * step

@@ -175,7 +175,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 
         output: the trunk's. score: function(logits (n, V) float32, index (n,)) -> tuple of tensors (n, ...); index: which of the
         B * R places the n tokens have. chunk: tokens whose logits may be held at once; None = all. Beyond the first chunk the logits
-        are computed again in the backward pass instead of being kept: a fifth more time, and memory that no longer grows with B x R x V.
+        are computed again in the backward pass instead of being kept: more time, and no memory that grows with B x R x V.
         """
         hidden = output.last_hidden_state                                                               # (B, T, H)
         index = mask.flatten().nonzero().squeeze(1)                                                     # (N,)
