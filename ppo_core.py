@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
@@ -529,6 +530,9 @@ class PPOTrainer:
         self.where, self.in_hand = "", ((), (), ())     # what `refuse` says and hands on: the place; queries, responses, scores
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
         self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
+        # Whether `sample` keeps what `recall` gives to step(). The full KL needs all logits; DeepSpeed writes weights where torch does not see it.
+        self.recalls = self.exact and config.kl_penalty != "full" and distributed.zero_stage(self.accelerator) == 0
+        self.sampled, self.sampled_by = {}, None
 
     # -------------------------------------------------------------------------------------------- (a) rollout
 
@@ -614,20 +618,33 @@ class PPOTrainer:
         one random number, where torch.multinomial draws one for each entry of the vocabulary. stop: token ids that end a response.
         cache: of roomy_cache, for even_size(Q) + new_tokens tokens. start: the number of the first row among all queries.
         """
+        from distributed import unwrap
+        keep = self.recalls and bare is unwrap(self.model)
+        queries = [row[-n:] for row, n in zip(input_ids, attention_mask.sum(1).tolist())]               # (Q_i,) each
         wider = even_size(input_ids.shape[1]) - input_ids.shape[1]
         input_ids, attention_mask = (torch.nn.functional.pad(each, (wider, 0)) for each in (input_ids, attention_mask))
         rows = torch.arange(len(input_ids), device=input_ids.device)                                    # still being written
         tokens = input_ids.new_zeros(len(rows), new_tokens)                                             # (B, R)
         lengths = torch.full_like(rows, new_tokens)
+        logprobs, values = torch.zeros((2, *tokens.shape), device=tokens.device)                        # (B, R) each, for `recall`
+        width, trunk = input_ids.shape[1], None
         for t in range(new_tokens):
             last = torch.full_like(input_ids[:, :1], input_ids.shape[1] - 1)
-            logits, *_ = bare(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logit_positions=last, use_cache=True)
+            with self.trunk.record() if keep else nullcontext({}) as kept:
+                logits, _, value = bare(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, logit_positions=last,
+                                        use_cache=True)
             # A maximum hands on NaN and infinity; of -inf one is a token that a model rules out, all are no distribution.
             bad = ~logits[:, 0].amax(-1).isfinite()
             if bad.any():
                 self.refuse_rollout(bare, start + int(rows[bad][0]))
-            drawn = draw((logits[:, 0] / self.config.temperature).softmax(-1))                          # (b,)
+            logits = logits[:, 0] / self.config.temperature                                             # (b, V)
+            drawn = draw(logits.softmax(-1))                                                            # (b,)
             tokens[rows, t] = drawn
+            if keep:
+                logprobs[rows, t], values[rows, t] = logprobs_from_logits(logits, drawn), value[:, 0]
+            for hidden in kept.values():                                                                # (b, width, H), then (b, 1, H)
+                trunk = hidden.new_zeros(len(tokens), width + new_tokens, hidden.shape[2]) if trunk is None else trunk
+                trunk[rows, width + t - hidden.shape[1]:width + t] = hidden
             ended = torch.isin(drawn, stop) & (lengths[rows] == new_tokens)
             lengths[rows[ended]] = t + 1
             finished = lengths[rows] < new_tokens
@@ -638,7 +655,44 @@ class PPOTrainer:
                 rows, drawn, attention_mask = rows[kept], drawn[kept], attention_mask[kept]
                 cache.batch_select_indices(kept)
             input_ids, attention_mask = drawn.unsqueeze(1), torch.nn.functional.pad(attention_mask, (0, 1), value=1)
-        return [row[:n] for row, n in zip(tokens, lengths.tolist())]
+        responses = [row[:n] for row, n in zip(tokens, lengths.tolist())]
+        if keep:
+            known = [[row[:len(r)] for row, r in zip(each, responses)] for each in (logprobs, values)]
+            trunks = [None] * len(rows) if trunk is None else \
+                [row[width - len(q):width + len(r) - 1] for row, q, r in zip(trunk, queries, responses)]
+            self.remember(queries, responses, *known, trunks)
+        return responses
+
+    def weights_now(self):
+        """Equal at two moments if no weight was changed in between: torch counts what is written into each tensor."""
+        from distributed import unwrap
+        return self.config.temperature, [(p.data_ptr(), p._version) for p in unwrap(self.model).parameters()]
+
+    def remember(self, queries, responses, logprobs, values, trunks):
+        """Lists of b tensors (Q_i,), (R_i,), (R_i,), (R_i,), and (Q_i + R_i - 1, H) or None: those of the last batch_size responses stay."""
+        weights = self.weights_now()
+        if weights != self.sampled_by:
+            self.sampled, self.sampled_by = {}, weights
+        for query, response, *known in zip(queries, responses, logprobs, values, trunks):
+            self.sampled[tuple(query.tolist()), tuple(response.tolist())] = known
+        for oldest in list(self.sampled)[:-self.config.batch_size]:
+            del self.sampled[oldest]
+
+    def recall(self, queries, responses):
+        """-> {"logprobs": (B, R), "values": (B, R)[, "trunk": (B, T - 1, H)]} as `sample` had them, or {}: then they are to be computed.
+
+        One pass of the policy over the batch is saved, which with shared layers was a sixth of a step. They are what that pass would
+        give, but for the order in which float32 numbers are added up, as long as each of these very tokens was sampled from these very
+        weights. Otherwise, or where another process cannot, all compute.
+        """
+        (known, by), (self.sampled, self.sampled_by) = (self.sampled, self.sampled_by), ({}, None)
+        rows = [known.get((tuple(q.tolist()), tuple(r.tolist()))) for q, r in zip(queries, responses)] if by == self.weights_now() else [None]
+        names = ("logprobs", "values", "trunk") if self.trunk.blocks else ("logprobs", "values")
+        found = all(row is not None and row[len(names) - 1] is not None for row in rows)
+        if self.reduce(torch.tensor(float(found), device=self.accelerator.device)) < self.accelerator.num_processes:
+            return {}
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {name: pad(each, batch_first=True) for name, each in zip(names, zip(*rows))}
 
     def refuse_rollout(self, model, sample):
         """On this process alone, as a rollout need not be everybody's."""
@@ -698,8 +752,8 @@ class PPOTrainer:
         batch = collate(queries, responses, response_masks, self.tokenizer.pad_token_id)
         mask = batch["mask"]                                                                              # (B, R)
 
-        # (a) rollout: what the policy that chose these tokens, and the reference, thought of them. Recomputed rather than
-        # taken from the sampler: padded and batched as the update will be, so that the first ratio is 1 to the last digits.
+        # (a) rollout: what the policy that chose these tokens, and the reference, thought of them
+        batch.update(self.recall(queries, responses))
         batch["logprobs"], batch["values"], ref_logprobs, kl = self.record(batch)                         # (B, R) each
         if config.optimize_device_cache:
             clear_device_cache(device)
@@ -824,6 +878,7 @@ class PPOTrainer:
         """-> logprobs, values, ref_logprobs, full KL (or 0), each (B, R) and 0 outside the mask. Never rebound afterwards.
 
         Layers that policy and reference share run here for the last time in this step: batch["trunk"] (B, T, H) keeps their output.
+        The policy does not run at all where `recall` has given batch what it would give.
         """
         from rewards import full_kl
         shape, trunk = batch["mask"].shape, None
@@ -834,9 +889,12 @@ class PPOTrainer:
         for index in fill_by_length(batch["lengths"], everything, self.config.mini_batch_size):
             rows = take(batch, index)
             mask = rows["mask"]                                                                            # (b, r)
-            with self.trunk.record() as kept:
-                new, value, logits = self.forward(self.model, rows, keep_logits=full)
-            rows.update(kept)
+            if "logprobs" in rows:
+                new, value, logits, kept = rows["logprobs"] * mask, rows["values"] * mask, None, {}
+            else:
+                with self.trunk.record() as kept:
+                    new, value, logits = self.forward(self.model, rows, keep_logits=full)
+                rows.update(kept)
             ref, _, ref_logits = self.forward(self.ref_model, rows, keep_logits=full)
             width = mask.shape[1]
             logprobs[index, :width], values[index, :width], ref_logprobs[index, :width] = new, value, ref

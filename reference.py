@@ -163,8 +163,8 @@ class SharedTrunk:
 
 
 def is_attention(value, hidden):
-    """True for attention weights (b, heads, T, T) of hidden states (b, T, H)."""
-    return getattr(value, "ndim", 0) == 4 and value.shape[2] == value.shape[3] == hidden.shape[1]
+    """True for attention weights (b, heads, T, T) of hidden states (b, T, H); with keys of earlier tokens (b, heads, T, more)."""
+    return getattr(value, "ndim", 0) == 4 and hidden.shape[1] == value.shape[2] <= value.shape[3]
 
 
 if __name__ == "__main__":

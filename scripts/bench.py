@@ -17,8 +17,10 @@ speed: both libraries on the same random weights, prompts, lengths and settings,
 to warm up, --iterations measured, --rounds times). Figures are medians over all iterations; a ratio is one of medians, with the least
 and the greatest of the rounds beside it, as a machine's speed drifts. TRL goes into a venv of its own, .peer, the first time; --no_peer
 leaves it out. On the CPU, whatever else there is. Left in bench/: results.md, results.json, growth.md, growth.png.
-growth: W1's model, one epoch, one thread per process; the batch and the mini-batch of 8 are shared out over the processes.
-profile: W1's step(), with and without what start() does for products and memory, the fused activation and the fused Adam.
+growth: W1's model, one epoch, one thread per process, median of 3 iterations; the batch and the mini-batch of 8 are shared out over
+the processes. TRL on 1 process.
+profile: a workload's step(), with and without what start() does for products and memory, the fused activation, the fused Adam and
+what the sampler knew.
 """
 import argparse
 import datetime
@@ -218,7 +220,8 @@ def useful_flops(settings, sampled, trained):
 
     A product with a weight costs 2 per weight and token forward, and 4 backward: 2 for the input's gradient, 2 for the weight's.
       generate:  2 x all layers   x (prompt and response tokens, without each response's last)  + 2 x lm_head x response tokens
-      record:    2 x (shared layers once, the others for policy and reference) x the same tokens + 2 x 2 x lm_head x response tokens
+      record:    2 x layers not shared x the same tokens + 2 x lm_head x response tokens, for the reference; the policy's part has just
+                 been computed by generate, unless step() is given other responses (ragged): then 2 x all layers + 2 x lm_head more
       update:    epochs x (6 x layers not shared x the same tokens + 6 x lm_head x response tokens)
     With shared layers the embeddings are frozen, and with them lm_head, which is tied to them: 4 in place of 6. Left out as small:
     attention's own products, norms, the value head, the softmax. What is done more often than this is not useful.
@@ -227,7 +230,9 @@ def useful_flops(settings, sampled, trained):
     shared, rows, query = settings.get("shared", 0), settings["batch_size"], settings["query"]
     own, tokens = layers - shared, rows * (query - 1) + trained
     generate = 2 * layers * block * (rows * (query - 1) + sampled) + 2 * head * sampled
-    record = 2 * (shared + 2 * own) * block * tokens + 2 * 2 * head * trained
+    record = 2 * own * block * tokens + 2 * head * trained
+    if settings.get("ragged"):
+        record += 2 * layers * block * tokens + 2 * head * trained
     update = settings.get("epochs", 4) * (6 * own * block * tokens + (4 if shared else 6) * head * trained)
     return generate + record + update
 
@@ -326,7 +331,7 @@ def growth(arguments):
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
               str(ROOT / "scripts" / "accelerate_configs" / "multi_cpu.yaml"), "--num_processes", "2", "--main_process_port", "0"]
     points = [("length", 16, length) for length in arguments.lengths] + [("batch", size, 24) for size in arguments.batches]
-    runners = ["1 process", "2 processes", *(["TRL"] if arguments.growth_peer else [])]
+    runners = ["1 process", "2 processes", *([] if arguments.no_peer else ["TRL"])]
     lines = ["| grows | batch | response | response tokens | logits of them all, MB | "
              + " | ".join(f"{side}: s, peak MB of a process" for side in runners) + " |", "|" + "---|" * (5 + len(runners))]
     curves = {}
@@ -338,10 +343,11 @@ def growth(arguments):
             for side in runners:
                 parts = 2 if side == "2 processes" else 1
                 settings = {"library": "trl" if side == "TRL" else "ours", "model": str(Path(temporary) / "gpt2"), "query": 8,
-                            "response": length, "batch_size": size // parts, "mini_batch_size": 8 // parts, "epochs": 1, "iterations": 1}
+                            "response": length, "batch_size": size // parts, "mini_batch_size": 8 // parts, "epochs": 1, "iterations": 3}
                 measured = worker("run", settings, peer_python() if side == "TRL" else sys.executable, launch if parts == 2 else (),
                                   OMP_NUM_THREADS="1")
-                seconds, memory = measured["rows"][0]["generate"] + measured["rows"][0]["step"], measured["peak"] / 1e6
+                seconds = statistics.median(row["generate"] + row["step"] for row in measured["rows"])
+                memory = measured["peak"] / 1e6
                 curves.setdefault((grows, side), []).append((size * length, seconds, memory))
                 cells.append(f"{seconds:.2f}, {memory:.0f}")
             tokens = size * length
@@ -376,10 +382,12 @@ def plot_growth(curves, path):
 
 
 def profile(arguments):
-    """The five operations that take most of W1's step(), now and by the plain path."""
+    """The five operations that take most of a workload's step(), now and by the plain path."""
     with tempfile.TemporaryDirectory() as temporary:
-        worker("models", {"folder": temporary, "names": ["gpt2"]})
-        settings = {**SMALL, "model": str(Path(temporary) / "gpt2"), "library": "ours", "batch_size": arguments.batch_size, "items": 5}
+        settings = {**WORKLOADS[arguments.workload][1], "library": "ours", "items": 5}
+        settings["batch_size"] = arguments.batch_size or settings["batch_size"]
+        worker("models", {"folder": temporary, "names": [settings["model"]]})
+        settings["model"] = str(Path(temporary) / settings["model"])
         now, before = [worker("profile", {**settings, "plain": plain}) for plain in (False, True)]
     print(f"Seconds of a step under the profiler: {now['seconds']:.2f} now, {before['seconds']:.2f} by the plain path.\n")
     print("| | now | s itself (share) | plain path | s itself (share) |\n|---|---|---|---|---|")
@@ -405,14 +413,15 @@ def main():
     fast.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="workloads; default: all")
     fast.add_argument("--rounds", type=int, default=3, help="processes of each library on each workload")
     fast.add_argument("--iterations", type=int, default=3, help="measured iterations of each process")
-    fast.add_argument("--no_peer", action="store_true", help="plainppo alone")
     fast.add_argument("--no_growth", action="store_true", help="stop after the table")
     for table in (fast, tables.add_parser("growth")):
         table.add_argument("--output_dir", type=Path, default=Path("bench"), help="folder for the tables and the plot")
-        table.add_argument("--growth_peer", action="store_true", help="the peer too, on 1 process, in growth")
+        table.add_argument("--no_peer", action="store_true", help="plainppo alone")
         table.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 256, 512], help="response tokens, at batch 16")
         table.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128, 256], help="batch sizes, at 24 response tokens")
-    tables.add_parser("profile").add_argument("--batch_size", type=int, default=64, help="responses of the step")
+    step = tables.add_parser("profile")
+    step.add_argument("--workload", choices=list(WORKLOADS), default="W1", help="whose step()")
+    step.add_argument("--batch_size", type=int, help="responses of the step; default: the workload's")
     arguments = parser.parse_args()
     {"features": features, "sharing": sharing, "stages": stages, "speed": speed, "growth": growth,
      "profile": profile}[arguments.table](arguments)

@@ -64,6 +64,7 @@ def make_trainer(settings):
         from value_head import AutoModelForCausalLMWithValueHead
         if plain:       # before anything that made a step faster without changing a line of it
             distributed.fast_float32_products = distributed.keep_freed_memory = ppo_core.fuse_activations = lambda *_: None
+            PPOTrainer.recall = lambda *_: {}
         imported = peak()
         arguments["accelerator"] = distributed.start(mixed_precision=precision)
     else:
@@ -126,8 +127,8 @@ def profile(settings):
     """torch's profiler over one step() after a warm-up. -> its seconds, and the operations that took most of it themselves."""
     from torch.profiler import ProfilerActivity
     trainer, sampling, _ = make_trainer(settings)
-    for number, (queries, _, scores) in enumerate(batches(settings, 4096, 2)):
-        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=settings["response"], batch_size=settings["batch_size"])
+    for number, (queries, ragged, scores) in enumerate(batches(settings, 4096, 2)):
+        responses = ragged if settings.get("ragged") else trainer.generate(queries, return_prompt=False, max_new_tokens=settings["response"], batch_size=settings["batch_size"])
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) if number else nullcontext() as profiler:
             began = time.perf_counter()
             trainer.step(queries, responses, scores)

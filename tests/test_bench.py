@@ -39,15 +39,17 @@ def test_the_end_of_text_is_never_or_one_token_in_20():
         assert low <= float(ends) < high, float(ends)
 
 
-@pytest.mark.parametrize("shared, expected", [
+@pytest.mark.parametrize("shared, ragged, expected", [
     # 2 rows of 3 prompt tokens, 10 tokens sampled, 7 trained on, 1 epoch. Through the layers: 2 x 2 + 10 = 14 and 2 x 2 + 7 = 11.
-    # generate 2 x 3 x 100 x 14 + 2 x 1000 x 10;   record 2 x 6 x 100 x 11 + 4 x 1000 x 7;   update 6 x 3 x 100 x 11 + 6 x 1000 x 7
-    (0, 8400 + 20000 + 13200 + 28000 + 19800 + 42000),
-    # 2 of 3 layers shared: record runs 2 + 2 x 1 layers, the update 1, and lm_head's weights take no gradient
-    (2, 8400 + 20000 + 8800 + 28000 + 6600 + 28000)])
-def test_useful_flops_of_a_case_counted_by_hand(shared, expected, monkeypatch):
+    # generate 2 x 3 x 100 x 14 + 2 x 1000 x 10;   record 2 x 3 x 100 x 11 + 2 x 1000 x 7;   update 6 x 3 x 100 x 11 + 6 x 1000 x 7
+    (0, False, 8400 + 20000 + 6600 + 14000 + 19800 + 42000),
+    # other responses than the sampled ones: record runs the policy too
+    (0, True, 8400 + 20000 + 13200 + 28000 + 19800 + 42000),
+    # 2 of 3 layers shared: the reference runs 1 layer, the update 1, and lm_head's weights take no gradient
+    (2, False, 8400 + 20000 + 2200 + 14000 + 6600 + 28000)])
+def test_useful_flops_of_a_case_counted_by_hand(shared, ragged, expected, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "tiny", (3, 100, 1000))
-    settings = {"model": "tiny", "batch_size": 2, "query": 3, "shared": shared, "epochs": 1}
+    settings = {"model": "tiny", "batch_size": 2, "query": 3, "shared": shared, "epochs": 1, "ragged": ragged}
     assert bench.useful_flops(settings, sampled=10, trained=7) == expected
 
 

@@ -380,6 +380,70 @@ def test_recomputed_logprobs_are_the_samplers_own(family, temperature, sampler, 
             assert float(logprobs[i, t]) == pytest.approx(float(sampler[i, t, token]), abs=1e-4)
 
 
+def sampled_step(family, shared, forget, **settings):
+    """Two rollouts and steps. -> trainer, statistics, and what the policy ran for outside of updates."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    model = tiny(family)
+    trainer = PPOTrainer(config(batch_size=12, mini_batch_size=4, **settings), model, None, tokenizer(), num_shared_layers=shared)
+    trainer.optimizer = trainer.accelerator.prepare(sgd(model))
+    queries = [torch.randint(5, 90, (n,), generator=torch.Generator().manual_seed(n)) for n in (2, 6, 3, 9, 4, 5, 7, 8, 2, 3, 6, 11)]
+    stop, found, passes = [token for token in range(90) if token % 4 == 0], [], []
+    for _ in range(2):
+        # in three calls, as by those who generate query by query
+        responses = [r for i in (0, 4, 8) for r in trainer.generate(queries[i:i + 4], return_prompt=False, max_new_tokens=12, eos_token_id=stop)]
+        if forget:
+            trainer.sampled = {}
+        hook = model.register_forward_pre_hook(lambda module, _: passes.append(module.training))
+        found.append(trainer.step(queries, responses, [len(r) / 10 for r in responses]))
+        hook.remove()
+    return trainer, found, passes.count(False)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("shared", [None, 1])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_the_sampler_knew_is_what_a_pass_over_the_batch_would_give(family, shared, temperature):
+    (ours, stats, saved), (plain, plain_stats, computed) = [sampled_step(family, shared, forget, temperature=temperature) for forget in (False, True)]
+    assert (saved, computed) == (0, 2 * 3)
+    assert len({len(r) for r in stats[0]["objective/logprobs"]}) == 1 and stats[0]["tokens/responses_len_std"] > 0
+    for new, old in zip(stats, plain_stats):
+        assert torch.allclose(new["objective/logprobs"], old["objective/logprobs"], rtol=1e-5, atol=1e-5)
+        assert float(new["ppo/policy/ratio"].log().abs().max()) > 1e-3      # the updates did move something
+        for key in ("objective/kl", "ppo/loss/policy", "ppo/loss/value", "ppo/policy/entropy", "ppo/policy/approxkl", "ppo/val/mean"):
+            assert new[key] == pytest.approx(old[key], abs=1e-5), key
+    assert distance(weights(ours), weights(plain)) < 1e-5 < 1e-4 < distance(weights(ours), weights(make(family)))
+
+
+def test_the_sampler_is_believed_for_these_tokens_from_these_weights_and_only_once():
+    queries, other, scores = ragged()
+    for change in ("nothing", "a token", "a query", "a weight", "the head", "another temperature", "a step", "more prompts"):
+        trainer = make(ppo_epochs=1)
+        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
+        asked = list(queries)
+        if change == "a token":
+            responses[1][2] = 5 + (responses[1][2] - 4) % 80
+        elif change == "a query":
+            asked[0] = asked[0].flip(0)
+        elif change in ("a weight", "the head"):
+            with torch.no_grad():
+                (trainer.model.v_head.summary if change == "the head" else trainer.model.pretrained_model.transformer.ln_f).weight[0] += 0.5
+        elif change == "another temperature":
+            trainer.config.temperature = 0.5
+        elif change == "a step":
+            trainer.step(queries, responses, scores)
+        elif change == "more prompts":
+            trainer.generate([torch.tensor([5, 6, 7 + i]) for i in range(3)], return_prompt=False, max_new_tokens=3)
+            assert len(trainer.sampled) == 4, "no more than a batch is kept"
+        expected = trainer.record(collate(asked, responses, None, 1))[:2]
+        found = trainer.recall(asked, responses)
+        assert bool(found) == (change == "nothing"), change
+        assert not trainer.sampled, "kept beyond the step it was made for"
+        for name, values in zip(found, expected):
+            assert (found[name] - values).abs().max() < 1e-5
+    assert not make(kl_penalty="full").recalls
+
+
 @pytest.mark.parametrize("kwargs", [dict(top_k=50), dict(top_p=0.9), dict(temperature=0.5), dict(repetition_penalty=1.2),
                                     dict(min_length=5), dict(min_new_tokens=2), dict(num_beams=4), dict(do_sample=False),
                                     dict(no_repeat_ngram_size=2), dict(some_new_sampler=0.3)])
