@@ -177,8 +177,7 @@ class LogprobsAndEntropy(torch.autograd.Function):
     def forward(ctx, logits, labels):
         probabilities = logits.softmax(-1)                                                                # (n, V)
         # The largest probability is at least 1 / V, so its logarithm is exact to the last digits, and gives all others.
-        largest, where = logits.max(-1, keepdim=True)
-        normaliser = (largest - probabilities.gather(1, where).log()).squeeze(1)                         # log sum exp, (n,)
+        normaliser = logits.amax(-1) - probabilities.amax(-1).log()                                      # log sum exp, (n,)
         logprobs = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normaliser
         entropy = normaliser - torch.linalg.vecdot(probabilities, logits)
         ctx.save_for_backward(probabilities, labels)
@@ -650,10 +649,10 @@ class PPOTrainer:
             finished = lengths[rows] < new_tokens
             if finished.all():
                 break
-            kept = finished.long().argsort(stable=True)[:even_size(int((~finished).sum()))]             # a few finished ones may stay
-            if len(kept) <= 0.75 * len(rows):
-                rows, drawn, attention_mask = rows[kept], drawn[kept], attention_mask[kept]
-                cache.batch_select_indices(kept)
+            stay = finished.long().argsort(stable=True)[:even_size(int((~finished).sum()))]             # and with them a few finished ones
+            if len(stay) <= 0.75 * len(rows):
+                rows, drawn, attention_mask = rows[stay], drawn[stay], attention_mask[stay]
+                cache.batch_select_indices(stay)
             input_ids, attention_mask = drawn.unsqueeze(1), torch.nn.functional.pad(attention_mask, (0, 1), value=1)
         responses = [row[:n] for row, n in zip(tokens, lengths.tolist())]
         if keep:
@@ -683,7 +682,8 @@ class PPOTrainer:
 
         One pass of the policy over the batch is saved, which with shared layers was a sixth of a step. They are what that pass would
         give, but for the order in which float32 numbers are added up, as long as each of these very tokens was sampled from these very
-        weights. Otherwise, or where another process cannot, all compute.
+        weights. Otherwise, or where another process cannot, all compute. (What is written into a weight's `.data` torch does not count;
+        if that happens in between, check_ratio stops the run.)
         """
         (known, by), (self.sampled, self.sampled_by) = (self.sampled, self.sampled_by), ({}, None)
         rows = [known.get((tuple(q.tolist()), tuple(r.tolist()))) for q, r in zip(queries, responses)] if by == self.weights_now() else [None]
