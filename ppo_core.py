@@ -529,8 +529,10 @@ class PPOTrainer:
         self.where, self.in_hand = "", ((), (), ())     # what `refuse` says and hands on: the place; queries, responses, scores
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
         self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
-        # Whether `sample` keeps what `recall` gives to step(). The full KL needs all logits; DeepSpeed writes weights where torch does not see it.
-        self.recalls = self.exact and config.kl_penalty != "full" and distributed.zero_stage(self.accelerator) == 0
+        # Whether `sample` keeps what `recall` gives to step(). The full KL needs all logits; DeepSpeed writes weights where torch does not see
+        # it, and a run of several processes is to be the same with and without it, to the last bit.
+        self.recalls = self.exact and config.kl_penalty != "full" and self.accelerator.num_processes == 1 and \
+            distributed.zero_stage(self.accelerator) == 0
         self.sampled, self.sampled_by = {}, None
 
     # -------------------------------------------------------------------------------------------- (a) rollout
@@ -657,7 +659,7 @@ class PPOTrainer:
         responses = [row[:n] for row, n in zip(tokens, lengths.tolist())]
         if keep:
             known = [[row[:len(r)] for row, r in zip(each, responses)] for each in (logprobs, values)]
-            trunks = [None] * len(rows) if trunk is None else \
+            trunks = [None] * len(responses) if trunk is None else \
                 [row[width - len(q):width + len(r) - 1] for row, q, r in zip(trunk, queries, responses)]
             self.remember(queries, responses, *known, trunks)
         return responses
@@ -682,14 +684,13 @@ class PPOTrainer:
 
         One pass of the policy over the batch is saved, which with shared layers was a sixth of a step. They are what that pass would
         give, but for the order in which float32 numbers are added up, as long as each of these very tokens was sampled from these very
-        weights. Otherwise, or where another process cannot, all compute. (What is written into a weight's `.data` torch does not count;
+        weights. (What is written into a weight's `.data` torch does not count;
         if that happens in between, check_ratio stops the run.)
         """
         (known, by), (self.sampled, self.sampled_by) = (self.sampled, self.sampled_by), ({}, None)
         rows = [known.get((tuple(q.tolist()), tuple(r.tolist()))) for q, r in zip(queries, responses)] if by == self.weights_now() else [None]
         names = ("logprobs", "values", "trunk") if self.trunk.blocks else ("logprobs", "values")
-        found = all(row is not None and row[len(names) - 1] is not None for row in rows)
-        if self.reduce(torch.tensor(float(found), device=self.accelerator.device)) < self.accelerator.num_processes:
+        if not all(row is not None and row[len(names) - 1] is not None for row in rows):
             return {}
         pad = torch.nn.utils.rnn.pad_sequence
         return {name: pad(each, batch_first=True) for name, each in zip(names, zip(*rows))}

@@ -376,7 +376,7 @@ def plot_growth(curves, path):
         panel.set(xlabel="batch x response length, tokens", title=title, ylim=(0, 1.15 * panel.get_ylim()[1]))
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-    panels[1].legend(fontsize=7, loc="lower right")
+    panels[1].legend(fontsize=7, loc="upper left")
     figure.tight_layout()
     figure.savefig(path)
 

@@ -389,9 +389,9 @@ def sampled_step(family, shared, forget, **settings):
     trainer.optimizer = trainer.accelerator.prepare(sgd(model))
     queries = [torch.randint(5, 90, (n,), generator=torch.Generator().manual_seed(n)) for n in (2, 6, 3, 9, 4, 5, 7, 8, 2, 3, 6, 11)]
     stop, found, passes = [token for token in range(90) if token % 4 == 0], [], []
-    for _ in range(2):
-        # in three calls, as by those who generate query by query
-        responses = [r for i in (0, 4, 8) for r in trainer.generate(queries[i:i + 4], return_prompt=False, max_new_tokens=12, eos_token_id=stop)]
+    for at_once in (12, 4):     # in one batch, from which rows that have ended are dropped, and as by those who generate query by query
+        responses = [r for i in range(0, 12, at_once)
+                     for r in trainer.generate(queries[i:i + at_once], batch_size=12, return_prompt=False, max_new_tokens=12, eos_token_id=stop)]
         if forget:
             trainer.sampled = {}
         hook = model.register_forward_pre_hook(lambda module, _: passes.append(module.training))

@@ -150,26 +150,6 @@ def sampled_run(settings):
     return {"steps": found, "pass": [[int(q[0]) for q in queries] for queries in trainer.dataloader]}, weights
 
 
-def recalled(settings):
-    """A step on what was sampled a moment before, which nobody, the last process, or everybody has forgotten."""
-    found, first = {}, None
-    for who in ("nobody", "last", "all"):
-        trainer = make(settings)
-        rank, passes = trainer.accelerator.process_index, []
-        distributed.seed_everything(5, rank=rank)
-        queries = [torch.tensor([5 + i, 6, 7]) for i in range(settings["batch_size"])]
-        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
-        if who == "all" or who == "last" and rank == trainer.accelerator.num_processes - 1:
-            trainer.sampled = {}
-        inside = distributed.unwrap(trainer.model).pretrained_model.transformer.h[0].ln_1
-        inside.register_forward_pre_hook(lambda module, _: passes.append(module.training))
-        trainer.step(queries, responses, [float(r.float().mean()) / 50 for r in responses])
-        weights = weights_of(trainer)
-        first = weights if first is None else first
-        found[who] = {"recorded by": passes.count(False), "distance": max((float((weights[k] - first[k]).abs().max()) for k in first), default=0.0)}
-    return found, {}
-
-
 def infinite_loss(settings):
     """Values that overflow on one rank make a loss that is not finite there: all ranks refuse it, and none steps."""
     trainer = make(settings)
@@ -412,7 +392,7 @@ def memory():
     return {"own": distributed.peak_memory(accelerator.device), "largest": distributed.largest_peak_memory(accelerator)}, {}
 
 
-JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, recalled, infinite_loss, bad_numbers, refuse, reward_model, conflict, memory,
+JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, bad_numbers, refuse, reward_model, conflict, memory,
                                      eight_bits, disagree)}
 
 
