@@ -474,9 +474,17 @@ def whole_numel(parameter):
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
+def held_part(parameter):
+    """What this process holds of a parameter. Under ZeRO-3 without what fills up the last share: DeepSpeed never writes it, so it may be NaN."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    share = parameter.ds_tensor.detach()
+    return share[:max(0, parameter.ds_numel - parameter.ds_zero_partition_rank * share.numel())]
+
+
 def not_finite_weights(model):
     """-> name of the first tensor with a NaN or infinity in what this process holds of it; None when all are finite."""
-    own = {name: getattr(p, "ds_tensor", p).detach() for name, p in unwrap(model).named_parameters()}
+    own = {name: held_part(p) for name, p in unwrap(model).named_parameters()}
     # A sum reads them fastest. It may overflow where no weight is infinite, so it only says that one must look.
     if torch.stack([tensor.sum().float() for tensor in own.values()]).isfinite().all():
         return None

@@ -43,7 +43,20 @@ def make(settings, optimizer="sgd", shared=None, dataset=None, reference=lambda 
     trainer = PPOTrainer(PPOConfig(**settings), model, reference(accelerator), tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
                          num_shared_layers=shared, accelerator=accelerator, dataset=dataset, data_collator=list)
     np.random.seed(accelerator.process_index)                   # each rank shuffles its own share
+    if distributed.zero_stage(accelerator) == 3:
+        spoil_padding(trainer.model)
     return trainer
+
+
+def spoil_padding(model):
+    """ZeRO-3 leaves what fills up the last share of a tensor as it finds the memory. Here that is NaN, the worst it can be."""
+    padded = 0
+    for parameter in distributed.unwrap(model).parameters():
+        share = parameter.ds_tensor.data
+        own = parameter.ds_numel - parameter.ds_zero_partition_rank * share.numel()
+        share[max(0, own):] = float("nan")
+        padded += own < share.numel()
+    assert padded or torch.distributed.get_rank() == 0          # the bias of the value head is one number
 
 
 def mine(trainer, items):
