@@ -630,6 +630,13 @@ def test_peak_memory_counts_what_was_allocated():
     assert distributed.peak_memory(torch.device("cpu")) > 1.2 * before
 
 
+def test_peak_memory_is_that_of_this_program_not_of_the_one_that_started_it():
+    child = [sys.executable, "-c", "import distributed, torch; print(distributed.peak_memory(torch.device('cpu')))"]
+    big = torch.ones(10 ** 9 // 4)                              # 1 GB, which a child has until it becomes a program of its own
+    found = int(subprocess.run(child, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    assert 100e6 < found < big.nbytes
+
+
 @pytest.mark.parametrize("device, cleared", [("cpu", []), ("cuda", ["cuda"])])
 def test_the_device_cache_is_emptied_on_devices_that_have_one(monkeypatch, device, cleared):
     calls = []
