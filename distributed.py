@@ -59,13 +59,15 @@ def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, time
     cpu = cpu or not torch.accelerator.is_available()
     if not torch.accelerator.is_available():
         fast_float32_products()
-        keep_freed_memory()
         os.environ.setdefault("DS_ACCELERATOR", "cpu")      # transformers imports deepspeed to save, which else warns that it found no GPU
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         cpu = prepare_for_deepspeed(cpu, kwargs, timeout)
     handlers = [*kwargs.pop("kwargs_handlers", []), InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))]
-    return Accelerator(log_with=log_with, mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=handlers,
-                       project_config=ProjectConfiguration(project_dir=project_dir) if project_dir else None, **kwargs)
+    accelerator = Accelerator(log_with=log_with, mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=handlers,
+                              project_config=ProjectConfiguration(project_dir=project_dir) if project_dir else None, **kwargs)
+    if not torch.accelerator.is_available() and zero_stage(accelerator) < 3:
+        keep_freed_memory()
+    return accelerator
 
 
 def fast_float32_products(force=False):
@@ -107,8 +109,10 @@ def fast_float32_products(force=False):
 def keep_freed_memory():
     """Let glibc keep the memory of freed tensors for the next ones, for as long as the process lives.
 
-    Unless told, it gives each large block back to the system and takes it again page by page, which took an eighth of a step's time;
-    the highest point, which is what has to fit, is the same. Elsewhere than on Linux with glibc it does nothing.
+    Unless told, it gives each large block back to the system and takes it again page by page, which took an eighth of a step's time.
+    The highest point, which is what has to fit, stays within 3 % in one process and DDP. ZeRO-1 pays a fifth more memory for a quarter
+    less time; ZeRO-3, which makes and frees every weight all the time, would pay a third more for nothing, so `start` leaves it alone.
+    Elsewhere than on Linux with glibc it does nothing.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):

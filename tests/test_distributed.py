@@ -333,6 +333,13 @@ def test_the_memory_that_is_said_is_that_of_the_process_that_needed_most(runs, w
     assert first["own"] < second["own"] <= first["largest"] == second["largest"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives freed memory back so eagerly")
+@every_way
+def test_freed_memory_is_kept_but_where_every_weight_is_made_and_freed_all_the_time(runs, way):
+    faults = [found["faults"] for found, _ in runs(way, "memory")]              # pages that the system handed out
+    assert min(faults) >= 32 if "zero3" in way else max(faults) < 16, faults    # a page has 2 MB at most
+
+
 # --------------------------------------------------------------------------------------------- loading and saving
 
 

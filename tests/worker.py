@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import resource
 import sys
 import time
 from functools import partial
@@ -402,7 +403,13 @@ def memory():
     accelerator = distributed.start(cpu=True)
     if accelerator.process_index == accelerator.num_processes - 1:
         torch.ones(distributed.peak_memory(accelerator.device) // 8)        # float32
-    return {"own": distributed.peak_memory(accelerator.device), "largest": distributed.largest_peak_memory(accelerator)}, {}
+    faults = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(16_000_000)                                  # 64 MB, above what glibc itself would ever keep
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return {"own": distributed.peak_memory(accelerator.device), "largest": distributed.largest_peak_memory(accelerator),
+            "faults": faults[-1]}, {}
 
 
 JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, bad_numbers, refuse, reward_model, conflict, memory,
