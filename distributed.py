@@ -265,7 +265,7 @@ def phase(accelerator, name):
     try:
         yield
     except Exception as error:
-        print(f"rank {accelerator.process_index} of {accelerator.num_processes} stops in {name}: {type(error).__name__}: {error}",
+        print(f"rank {accelerator.process_index} of {accelerator.num_processes} fails in {name}: {type(error).__name__}: {error}",
               file=sys.stderr, flush=True)
         if isinstance(error, torch.distributed.DistError) or "gloo" in str(error):      # gloo's are plain RuntimeErrors
             say_where_others_are(accelerator, end_them="timed out" in str(error).lower())

@@ -446,7 +446,7 @@ def test_an_exception_on_one_rank_stops_all_at_once_says_where_and_keeps_the_las
     output, seconds = fails(way, tmp_path, "def at_each_call():\n    if rank == '1' and len(calls) == 3:\n        fail()\n")
     assert seconds < 15
     for rank in (0, 1):         # the reward is checked together, so both know whose it was
-        assert f"rank {rank} of 2 stops in step 2, (b) score: ValueError: rank 1: the reward function raised KeyError: 'no such review'" in output
+        assert f"rank {rank} of 2 fails in step 2, (b) score: ValueError: rank 1: the reward function raised KeyError: 'no such review'" in output
     run = tmp_path / "run"
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-000001"]
     assert distributed.damage(run / "checkpoints" / "step-000001") is None
@@ -459,7 +459,7 @@ def test_an_exception_on_one_rank_stops_all_at_once_says_where_and_keeps_the_las
 def test_an_exception_on_one_rank_during_set_up_stops_all_and_says_where(tmp_path):
     output, seconds = fails("multi_cpu", tmp_path, "if rank == '1':\n    fail()\n")
     assert seconds < 15
-    assert "rank 1 of 2 stops in set-up of the reward: ValueError: " in output and "reward.py cannot be loaded: KeyError" in output
+    assert "rank 1 of 2 fails in set-up of the reward: ValueError: " in output and "reward.py cannot be loaded: KeyError" in output
 
 
 @long
@@ -469,7 +469,7 @@ def test_an_exception_while_the_model_is_saved_leaves_a_run_that_can_be_resumed(
              "        (here / 'failed').write_text(str(time.time()))\n")
     output, seconds = fails("deepspeed_zero2", tmp_path, block)
     assert seconds < 15
-    assert "rank 0 of 2 stops in final/: NotADirectoryError: " in output and not (tmp_path / "run" / "summary.json").exists()
+    assert "rank 0 of 2 fails in final/: NotADirectoryError: " in output and not (tmp_path / "run" / "summary.json").exists()
     (tmp_path / "run" / "final").unlink()
     assert "resuming after step 3" in goes_on(tmp_path, "deepspeed_zero2")
 

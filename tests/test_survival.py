@@ -426,7 +426,7 @@ FAULTS = [(kind, phase, rank) for number, kind in enumerate(("kill", "stop", "ra
 
 def check_fault(text, kind, phase, rank):
     if kind == "raise":
-        assert f"rank {rank} of 2 stops in step 2, {PHASES[phase]}: ArithmeticError: planted" in text, text[-3000:]
+        assert f"rank {rank} of 2 fails in step 2, {PHASES[phase]}: ArithmeticError: planted" in text, text[-3000:]
     else:
         state = {"kill": "dead", "stop": "stopped by a signal", "slow": r"still there \(.*\)"}[kind]
         assert re.search(rf"rank {1 - rank} waited for rank {rank}, which has been in step 2, {re.escape(PHASES[phase])} for \d+ s and is "
