@@ -52,7 +52,7 @@ train-multi-node: $(STAMP)  ## NUM_MACHINES= MACHINE_RANK= MAIN_ADDRESS=, on eac
 resume: $(STAMP)  ## RUN=runs/<name>: go on with a run that was killed
 	$(BIN)/python scripts/train.py --resume $(RUN) $(ARGS)
 
-features: $(STAMP)  ## measure every feature on the default run; about half an hour on 2 cores
+features: $(STAMP)  ## measure every feature on the default run; 6 minutes on 2 cores
 	$(BIN)/python scripts/bench.py features $(ARGS)
 
 sharing: $(STAMP)  ## measure what running the shared layers once per batch saves
@@ -61,7 +61,7 @@ sharing: $(STAMP)  ## measure what running the shared layers once per batch save
 stages: $(STAMP)  ## measure 1 process, DDP and ZeRO-1, 2, 3 on 2 CPU processes
 	$(BIN)/python scripts/bench.py stages $(ARGS)
 
-bench: $(STAMP)  ## time and memory against TRL 0.11.4, which goes into .peer; about half an hour on 2 cores
+bench: $(STAMP)  ## time and memory against TRL 0.11.4, which goes into .peer; 20 minutes on 2 cores
 	$(BIN)/python scripts/bench.py speed $(ARGS)
 
 profile: $(STAMP)  ## the five operations that take most of a step, now and by the plain path

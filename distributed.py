@@ -85,7 +85,7 @@ def fast_float32_products(force=False):
 
     def usual(a, b):
         # oneDNN builds a kernel for each size, which stays. The number of tokens is what varies; ppo_core.even_size makes it a multiple of 8.
-        # Less than 8 rows are a rollout of few prompts: few sizes, and MKL takes twice as long for their next token.
+        # Fewer than 8 rows are a rollout of few prompts: few sizes, and MKL takes twice as long for their next token.
         varied = any(n % 8 and least < n < 4096 for n, least in zip(a.shape, (8, 0)))
         return varied or a.dtype != torch.float32 or b.dtype != torch.float32 or 0 in (a.numel(), b.numel())
 

@@ -529,10 +529,6 @@ class PPOTrainer:
         self.where, self.in_hand = "", ((), (), ())     # what `refuse` says and hands on: the place; queries, responses, scores
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
         self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
-        # Whether `sample` keeps what `recall` gives to step(). The full KL needs all logits; DeepSpeed writes weights where torch does not see
-        # it, and a run of several processes is to be the same with and without it, to the last bit.
-        self.recalls = self.exact and config.kl_penalty != "full" and self.accelerator.num_processes == 1 and \
-            distributed.zero_stage(self.accelerator) == 0
         self.sampled, self.sampled_by = {}, None
 
     # -------------------------------------------------------------------------------------------- (a) rollout
@@ -620,7 +616,7 @@ class PPOTrainer:
         cache: of roomy_cache, for even_size(Q) + new_tokens tokens. start: the number of the first row among all queries.
         """
         from distributed import unwrap
-        keep = self.recalls and bare is unwrap(self.model)
+        keep = self.recalls() and bare is unwrap(self.model)
         queries = [row[-n:] for row, n in zip(input_ids, attention_mask.sum(1).tolist())]               # (Q_i,) each
         wider = even_size(input_ids.shape[1]) - input_ids.shape[1]
         input_ids, attention_mask = (torch.nn.functional.pad(each, (wider, 0)) for each in (input_ids, attention_mask))
@@ -664,10 +660,23 @@ class PPOTrainer:
             self.remember(queries, responses, *known, trunks)
         return responses
 
+    def recalls(self):
+        """Whether `sample` keeps what `recall` gives to step(). Not for the full KL, which needs all logits, nor in several processes: a run
+        is to be the same with and without DeepSpeed, whose weights cannot be watched. TF32 is a GPU's float32 with 10 bits behind the point."""
+        from distributed import zero_stage
+        return self.exact and torch.backends.cuda.matmul.fp32_precision != "tf32" and self.config.kl_penalty != "full" and \
+            self.accelerator.num_processes == 1 and zero_stage(self.accelerator) == 0
+
     def weights_now(self):
-        """Equal at two moments if no weight was changed in between: torch counts what is written into each tensor."""
+        """Equal at two moments if no weight was changed in between.
+
+        torch counts what is written into a tensor, but not by an optimizer in one kernel (Adam with fused=True, bitsandbytes), so what is
+        trained is also added up: a step that moves many numbers and leaves each tensor's sum as it was, to the last bit, is none.
+        """
         from distributed import unwrap
-        return self.config.temperature, [(p.data_ptr(), p._version) for p in unwrap(self.model).parameters()]
+        parameters = list(unwrap(self.model).parameters())
+        sums = torch.stack([p.detach().sum() for p in parameters if p.requires_grad]).tolist()
+        return self.config.temperature, sums, [(p.data_ptr(), p._version) for p in parameters]
 
     def remember(self, queries, responses, logprobs, values, trunks):
         """Lists of b tensors (Q_i,), (R_i,), (R_i,), (R_i,), and (Q_i + R_i - 1, H) or None: those of the last batch_size responses stay."""
@@ -675,7 +684,9 @@ class PPOTrainer:
         if weights != self.sampled_by:
             self.sampled, self.sampled_by = {}, weights
         for query, response, *known in zip(queries, responses, logprobs, values, trunks):
-            self.sampled[tuple(query.tolist()), tuple(response.tolist())] = known
+            key = tuple(query.tolist()), tuple(response.tolist())
+            self.sampled.pop(key, None)             # the last to come is the last to go
+            self.sampled[key] = [row if row is None else row.clone() for row in known]          # not a view, which would keep all rows
         for oldest in list(self.sampled)[:-self.config.batch_size]:
             del self.sampled[oldest]
 
@@ -684,13 +695,14 @@ class PPOTrainer:
 
         One pass of the policy over the batch is saved, which with shared layers was a sixth of a step. They are what that pass would
         give, but for the order in which float32 numbers are added up, as long as each of these very tokens was sampled from these very
-        weights. (What is written into a weight's `.data` torch does not count;
-        if that happens in between, check_ratio stops the run.)
+        weights.
         """
         (known, by), (self.sampled, self.sampled_by) = (self.sampled, self.sampled_by), ({}, None)
-        rows = [known.get((tuple(q.tolist()), tuple(r.tolist()))) for q, r in zip(queries, responses)] if by == self.weights_now() else [None]
+        if not known or not self.recalls() or by != self.weights_now():
+            return {}
+        rows = [known.get((tuple(q.tolist()), tuple(r.tolist()))) for q, r in zip(queries, responses)]
         names = ("logprobs", "values", "trunk") if self.trunk.blocks else ("logprobs", "values")
-        if not all(row is not None and row[len(names) - 1] is not None for row in rows):
+        if not any(map(len, responses)) or not all(row is not None and row[len(names) - 1] is not None for row in rows):
             return {}
         pad = torch.nn.utils.rnn.pad_sequence
         return {name: pad(each, batch_first=True) for name, each in zip(names, zip(*rows))}
@@ -878,8 +890,8 @@ class PPOTrainer:
     def record(self, batch):
         """-> logprobs, values, ref_logprobs, full KL (or 0), each (B, R) and 0 outside the mask. Never rebound afterwards.
 
-        Layers that policy and reference share run here for the last time in this step: batch["trunk"] (B, T, H) keeps their output.
-        The policy does not run at all where `recall` has given batch what it would give.
+        batch["trunk"] (B, T, H) keeps the output of the layers that policy and reference share: they run for the last time in this step,
+        here or, as the policy does, not at all where `recall` has given batch what they would give.
         """
         from rewards import full_kl
         shape, trunk = batch["mask"].shape, None
@@ -1026,7 +1038,7 @@ class PPOTrainer:
             raise RuntimeError(
                 f"the ratio is not 1 before the first update: log-probs differ by {worst:.3g} nats here, {tolerance} is "
                 "allowed. Usual causes: a layer that behaves differently in train and eval mode (dropout under another name, "
-                "batch norm), weights changed between generate() and step(), or a model that ignores position_ids or the mask")
+                "batch norm), weights changed between generate() and step(), or a model that ignores position_ids, the mask or its cache")
 
     # ------------------------------------------------------------------------------------ (f) book-keeping
 

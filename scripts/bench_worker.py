@@ -128,7 +128,8 @@ def profile(settings):
     from torch.profiler import ProfilerActivity
     trainer, sampling, _ = make_trainer(settings)
     for number, (queries, ragged, scores) in enumerate(batches(settings, 4096, 2)):
-        responses = ragged if settings.get("ragged") else trainer.generate(queries, return_prompt=False, max_new_tokens=settings["response"], batch_size=settings["batch_size"])
+        responses = ragged if settings.get("ragged") else trainer.generate(
+            queries, return_prompt=False, max_new_tokens=settings["response"], batch_size=settings["batch_size"])
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) if number else nullcontext() as profiler:
             began = time.perf_counter()
             trainer.step(queries, responses, scores)

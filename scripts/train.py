@@ -494,6 +494,7 @@ class RunFolder:
         self.seconds, self.timed = self.seconds + seconds, self.timed + 1
         left = int(self.seconds / self.timed * (self.steps - step))
         tokens = sum(stats["tokens/responses_dist"].tolist())
+        # + 0.0 turns the -0.0 of a first step into 0.
         self.say(f"step {step:4d}/{self.steps}  score {stats['ppo/mean_raw_scores']:6.3f}  KL {round(stats['objective/kl'], 2) + 0.0:6.2f}  "
                  f"KL coef {stats['objective/kl_coef']:.4f}  length {stats['tokens/responses_len_mean']:5.1f}  "
                  f"{tokens / seconds:5.0f} tokens/s  {left // 60:3d}:{left % 60:02d} left")

@@ -406,7 +406,7 @@ def sampled_step(family, shared, forget, **settings):
 def test_what_the_sampler_knew_is_what_a_pass_over_the_batch_would_give(family, shared, temperature):
     (ours, stats, saved), (plain, plain_stats, computed) = [sampled_step(family, shared, forget, temperature=temperature) for forget in (False, True)]
     assert (saved, computed) == (0, 2 * 3)
-    assert len({len(r) for r in stats[0]["objective/logprobs"]}) == 1 and stats[0]["tokens/responses_len_std"] > 0
+    assert stats[0]["tokens/responses_len_std"] > 0
     for new, old in zip(stats, plain_stats):
         assert torch.allclose(new["objective/logprobs"], old["objective/logprobs"], rtol=1e-5, atol=1e-5)
         assert float(new["ppo/policy/ratio"].log().abs().max()) > 1e-3      # the updates did move something
@@ -417,8 +417,10 @@ def test_what_the_sampler_knew_is_what_a_pass_over_the_batch_would_give(family, 
 
 def test_the_sampler_is_believed_for_these_tokens_from_these_weights_and_only_once():
     queries, other, scores = ragged()
-    for change in ("nothing", "a token", "a query", "a weight", "the head", "another temperature", "a step", "more prompts"):
-        trainer = make(ppo_epochs=1)
+    for change in ("nothing", "a token", "a query", "a weight", "the head", "another temperature", "an optimizer step", "the full KL", "a step",
+                   "more prompts"):
+        # This Adam writes weights where torch does not count it, and one step of 1e-7 is as little as anybody would take.
+        trainer = make(optimizer=lambda model: make_optimizer("adam", list(model.parameters()), 1e-7), ppo_epochs=1)
         responses = trainer.generate(queries, return_prompt=False, max_new_tokens=6)
         asked = list(queries)
         if change == "a token":
@@ -430,6 +432,11 @@ def test_the_sampler_is_believed_for_these_tokens_from_these_weights_and_only_on
                 (trainer.model.v_head.summary if change == "the head" else trainer.model.pretrained_model.transformer.ln_f).weight[0] += 0.5
         elif change == "another temperature":
             trainer.config.temperature = 0.5
+        elif change == "an optimizer step":
+            trainer.model.v_head.summary.weight.grad = torch.ones_like(trainer.model.v_head.summary.weight)
+            trainer.optimizer.step()
+        elif change == "the full KL":
+            trainer.config.kl_penalty = "full"
         elif change == "a step":
             trainer.step(queries, responses, scores)
         elif change == "more prompts":
@@ -441,7 +448,26 @@ def test_the_sampler_is_believed_for_these_tokens_from_these_weights_and_only_on
         assert not trainer.sampled, "kept beyond the step it was made for"
         for name, values in zip(found, expected):
             assert (found[name] - values).abs().max() < 1e-5
-    assert not make(kl_penalty="full").recalls
+
+
+def test_the_last_batch_of_responses_is_what_is_remembered_and_no_more_of_it_than_it_needs():
+    trainer = make(ppo_epochs=1)
+    def remember(*names):
+        rows = torch.zeros(100, 3, 8)                               # of which a query and its response need one
+        tokens = [torch.tensor([ord(name), 6]) for name in names]
+        trainer.remember(tokens, tokens, *[[row[0, :2] for row in rows[:len(names)]]] * 2, [row for row in rows[:len(names)]])
+        return tokens
+    remember(*"abcd")
+    last = remember(*"aefg")                                        # batch_size is 4, and `a` came first of all
+    assert all(known.untyped_storage().nbytes() == known.nbytes for row in trainer.sampled.values() for known in row)
+    assert set(trainer.recall(last, last)) == {"logprobs", "values"}
+
+
+def test_a_batch_without_one_response_token_is_a_step_too():
+    trainer = make(ppo_epochs=1)
+    queries, *_ = ragged()
+    responses = trainer.generate(queries, return_prompt=False, max_new_tokens=0)
+    assert {len(r) for r in responses} == {0} and trainer.step(queries, responses, [0.0] * 4)["objective/kl"] == 0
 
 
 @pytest.mark.parametrize("kwargs", [dict(top_k=50), dict(top_p=0.9), dict(temperature=0.5), dict(repetition_penalty=1.2),
