@@ -521,7 +521,6 @@ class PPOTrainer:
             self.accelerator.init_trackers(config.tracker_project_name, config={
                 k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))},
                 init_kwargs=distributed.tracker_arguments(config.log_with, self.accelerator.logging_dir))
-        self.steps_done = 0
         # Logits held at once: 64 MB of them. Under ZeRO-3 every use of `lm_head` is an exchange between processes, which must be as
         # many on each, so there all are made at once.
         vocabulary = distributed.unwrap(self.model).pretrained_model.get_output_embeddings().out_features
@@ -529,7 +528,7 @@ class PPOTrainer:
         self.where, self.in_hand = "", ((), (), ())     # what `refuse` says and hands on: the place; queries, responses, scores
         # In half precision a logit of 100 is rounded to 0.5, so a single token says little there; see check_ratio.
         self.exact = self.accelerator.mixed_precision == "no" and all(p.dtype == torch.float32 for p in model.parameters())
-        self.sampled, self.sampled_by = {}, None
+        self.steps_done, self.sampled, self.sampled_by = 0, {}, None                # the last two: see remember
 
     # -------------------------------------------------------------------------------------------- (a) rollout
 
@@ -661,8 +660,11 @@ class PPOTrainer:
         return responses
 
     def recalls(self):
-        """Whether `sample` keeps what `recall` gives to step(). Not for the full KL, which needs all logits, nor in several processes: a run
-        is to be the same with and without DeepSpeed, whose weights cannot be watched. TF32 is a GPU's float32 with 10 bits behind the point."""
+        """Whether `sample` keeps what `recall` gives to step(). Asked each time, as a config may change.
+
+        Not for the full KL, which needs all logits; not in TF32, a GPU's float32 with a mantissa of 10 bits; and not in several processes,
+        where a run is to be the same, to the last bit, with and without DeepSpeed, whose weights cannot be watched.
+        """
         from distributed import zero_stage
         return self.exact and torch.backends.cuda.matmul.fp32_precision != "tf32" and self.config.kl_penalty != "full" and \
             self.accelerator.num_processes == 1 and zero_stage(self.accelerator) == 0
@@ -670,8 +672,8 @@ class PPOTrainer:
     def weights_now(self):
         """Equal at two moments if no weight was changed in between.
 
-        torch counts what is written into a tensor, but not by an optimizer in one kernel (Adam with fused=True, bitsandbytes), so what is
-        trained is also added up: a step that moves many numbers and leaves each tensor's sum as it was, to the last bit, is none.
+        torch counts what is written into a tensor, but not what an optimizer writes in one kernel (Adam with fused=True, bitsandbytes).
+        So what is trained is also added up: no step moves many numbers and leaves every tensor's sum as it was, to the last bit.
         """
         from distributed import unwrap
         parameters = list(unwrap(self.model).parameters())
@@ -890,8 +892,8 @@ class PPOTrainer:
     def record(self, batch):
         """-> logprobs, values, ref_logprobs, full KL (or 0), each (B, R) and 0 outside the mask. Never rebound afterwards.
 
-        batch["trunk"] (B, T, H) keeps the output of the layers that policy and reference share: they run for the last time in this step,
-        here or, as the policy does, not at all where `recall` has given batch what they would give.
+        batch["trunk"] (B, T, H) keeps the output of the layers that policy and reference share, which run here for the last time in this
+        step. Where `recall` has given batch what they and the rest of the policy would give, none of these runs.
         """
         from rewards import full_kl
         shape, trunk = batch["mask"].shape, None

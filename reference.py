@@ -104,8 +104,8 @@ class SharedTrunk:
     """The first blocks of two models that share them: run once per batch, then replayed.
 
     Their output is the same in both models and stays so while the policy trains, as everything in them and below them is
-    frozen. One pass (or the sampling itself) therefore serves the policy's log-probs, the reference's, and every PPO epoch. With nothing shared,
-    `record` and `replay` do nothing.
+    frozen. One pass (or the sampling itself) therefore serves the policy's log-probs, the reference's, and every PPO epoch.
+    With nothing shared, `record` and `replay` do nothing.
     """
 
     def __init__(self, model, reference):

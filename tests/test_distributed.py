@@ -577,8 +577,8 @@ torch.manual_seed(0)
 plain = torch.nn.Linear(24, 40)
 assert distributed.fast_float32_products(force=True) and distributed.fast_float32_products(force=True)      # twice is once
 calls, linear = [], torch.ops.mkldnn._linear_pointwise
-for M, dtype, ours in ((16, torch.float32, True), (3, torch.float32, True), (13, torch.float32, False), (0, torch.float32, False), (16, torch.float64, False),
-                       (16, torch.bfloat16, False)):
+for M, dtype, ours in ((16, torch.float32, True), (3, torch.float32, True), (13, torch.float32, False), (0, torch.float32, False),
+                       (16, torch.float64, False), (16, torch.bfloat16, False)):
     x = torch.randn(M, 24).to(dtype).requires_grad_()
     layer = torch.nn.Linear(24, 40).to(dtype)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

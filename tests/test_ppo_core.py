@@ -450,13 +450,26 @@ def test_the_sampler_is_believed_for_these_tokens_from_these_weights_and_only_on
             assert (found[name] - values).abs().max() < 1e-5
 
 
+def test_the_sampler_is_not_believed_where_float32_may_be_tf32():
+    trainer, matmul = make(ppo_epochs=1), torch.backends.cuda.matmul
+    queries, *_ = ragged()
+    responses, usual = trainer.generate(queries, return_prompt=False, max_new_tokens=6), matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert trainer.sampled and trainer.recall(queries, responses) == {}
+    finally:
+        matmul.fp32_precision = usual
+
+
 def test_the_last_batch_of_responses_is_what_is_remembered_and_no_more_of_it_than_it_needs():
     trainer = make(ppo_epochs=1)
+
     def remember(*names):
-        rows = torch.zeros(100, 3, 8)                               # of which a query and its response need one
+        rows = torch.zeros(100, 3, 8)                               # of which a query with its response needs one
         tokens = [torch.tensor([ord(name), 6]) for name in names]
         trainer.remember(tokens, tokens, *[[row[0, :2] for row in rows[:len(names)]]] * 2, [row for row in rows[:len(names)]])
         return tokens
+
     remember(*"abcd")
     last = remember(*"aefg")                                        # batch_size is 4, and `a` came first of all
     assert all(known.untyped_storage().nbytes() == known.nbytes for row in trainer.sampled.values() for known in row)
