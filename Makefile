@@ -16,7 +16,7 @@ STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume features sharing stages \
-	bench profile test test-long assets clean
+	bench levers profile test test-long assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -61,8 +61,11 @@ sharing: $(STAMP)  ## measure what running the shared layers once per batch save
 stages: $(STAMP)  ## measure 1 process, DDP and ZeRO-1, 2, 3 on 2 CPU processes
 	$(BIN)/python scripts/bench.py stages $(ARGS)
 
-bench: $(STAMP)  ## time and memory against TRL 0.11.4, which goes into .peer; 20 minutes on 2 cores
+bench: $(STAMP)  ## TRL 0.11.4 (goes into .peer), plain and fast trainer: time and memory
 	$(BIN)/python scripts/bench.py speed $(ARGS)
+
+levers: $(STAMP)  ## what each lever of speed.py saves: the fast trainer with this lever alone switched off
+	$(BIN)/python scripts/bench.py levers $(ARGS)
 
 profile: $(STAMP)  ## the five operations that take most of a step, now and by the plain path
 	$(BIN)/python scripts/bench.py profile $(ARGS)

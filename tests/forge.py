@@ -101,7 +101,7 @@ def train_run(arguments):
         if name in os.environ:
             prepare(train, *os.environ[name].split(":"))
     try:
-        train.main(arguments)
+        sys.exit(train.main(arguments))
     except ValueError as error:     # as its last lines do
         sys.exit(f"error: {error}")
 
@@ -142,7 +142,7 @@ def fill(train, method, number, left, disk):
         if os.environ.get("RANK", "0") == "0":
             with open(f"{disk}/neighbour", "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - int(left))
-    owner = train.RunFolder if hasattr(train.RunFolder, method) else train.PPOTrainer
+    owner = next(owner for owner in (train.RunFolder, train, train.PPOTrainer) if hasattr(owner, method))
     before_call(owner, method, neighbour, int(number))
 
 
@@ -165,7 +165,7 @@ def soak(train, every, leak):
         gc.collect()
         return {"step": step, "files": process.num_fds(), "threads": process.num_threads(), "time": time.process_time(),
                 "tensors": sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()), "bytes": process.memory_info().rss,
-                # freed memory is kept, see distributed.keep_freed_memory, and a small leak would hide in it for long
+                # freed memory is kept, see speed.keep_freed_memory, and a small leak would hide in it for long
                 "heap": heap().uordblks + heap().hblkhd}
 
     def one_step(trainer, reward, prompts, step, run):
@@ -242,6 +242,7 @@ def import_and_warm_up():
     import accelerate.data_loader  # noqa: F401
     import deepspeed  # noqa: F401      transformers does, to save
     import psutil  # noqa: F401
+    import run_folder
     import train
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: F401
     train.transformers.utils.logging.disable_progress_bar()     # they have a thread
@@ -249,7 +250,7 @@ def import_and_warm_up():
         GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=2, n_layer=1, n_head=1, bos_token_id=1, eos_token_id=1)).save_pretrained(folder)
         train.AutoModelForCausalLMWithValueHead.from_pretrained(folder)
     names = ("ppo/mean_raw_scores", "objective/kl", "ppo/policy/entropy", "ppo/loss/policy", "ppo/loss/value")
-    train.draw_curves([{"step": 1, **dict.fromkeys(names, 0.0)}], io.BytesIO())
+    run_folder.draw_curves([{"step": 1, **dict.fromkeys(names, 0.0)}], io.BytesIO())
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would inherit half of what a second thread was doing"
 
 

@@ -26,7 +26,11 @@ from test_ppo_core import GOLDEN, ragged
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import checkpoint
+import checks
 import rewards
+import run_folder
+import run_inputs
 import train
 import worker
 from value_head import AutoModelForCausalLMWithValueHead, find_value_head
@@ -201,7 +205,7 @@ def test_weights_that_are_not_finite_are_not_saved_as_a_checkpoint(small, tmp_pa
     with torch.no_grad():
         trainer.model.pretrained_model.transformer.wpe.weight[20] = float("nan")        # a position that no prompt here reaches
     with pytest.raises(ValueError, match=r"after step 0: the model's weights are not finite, pretrained_model.transformer.wpe.weight first"):
-        trainer.save_checkpoint(tmp_path / "checkpoint")
+        checkpoint.save(trainer, tmp_path / "checkpoint")
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -243,7 +247,7 @@ def test_a_reward_that_hangs_ends_the_run_and_a_bad_batch_before_it_does_not(pro
     code, output = execute([*command, ROOT / "scripts" / "train.py", *flags(small, tmp_path / "run", "--reward_timeout", "2", "--on_bad_batch",
                                                                           "skip", reward=tmp_path / "mine.py")], seconds=200)
     assert code == 1 and time.perf_counter() - started < 100
-    assert f"error: rank {processes - 1} of {processes}, step 2, (b) score: the reward function has not returned after 2 s for 4 responses" in output
+    assert f"error: rank {processes - 1} of {processes}, step 2, (b) score: the reward function has not returned after 2 s" in output
     assert f"left out: {'rank 1: ' if processes == 2 else ''}step 1: the scores of sample 0 of 4 (mini-batch 1) are nan" in output
     found, = rows(tmp_path / "run")
     assert found == {"step": 1, "ppo/bad_batch": 1.0}
@@ -255,7 +259,7 @@ def test_a_reward_that_hangs_ends_the_run_and_a_bad_batch_before_it_does_not(pro
 
 
 def test_a_reward_that_hangs_in_c_and_holds_pythons_lock_ends_the_process_too():
-    code = "import re, rewards\nwith rewards.time_limit(0.2, 'unheard', grace=0.5):\n    re.match('(a+)+$', 'a' * 60 + 'b')\n"
+    code = "import re, checks\nwith checks.time_limit(0.2, grace=0.5):\n    re.match('(a+)+$', 'a' * 60 + 'b')\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and "Timeout" in done.stderr and "line 3 in <module>" in done.stderr
 
@@ -263,7 +267,7 @@ def test_a_reward_that_hangs_in_c_and_holds_pythons_lock_ends_the_process_too():
 def test_a_reward_in_time_leaves_no_clock_behind():
     threads = threading.active_count()
     for seconds in (0, 1):
-        with rewards.time_limit(seconds, "never said"):
+        with checks.time_limit(seconds):
             assert threading.active_count() == threads + (seconds > 0)
     time.sleep(1.2)
     assert threading.active_count() == threads
@@ -383,16 +387,16 @@ def targets(small, tmp_path_factory):
     torch.manual_seed(0)
     trainer = worker.make({"batch_size": 4}, "adam")
     trainer.step(*ragged())
-    trainer.save_checkpoint(folder / "checkpoint")
+    checkpoint.save(trainer, folder / "checkpoint")
     trainer.step(*ragged(seed=1))
-    trainer.save_checkpoint(folder / "next")
+    checkpoint.save(trainer, folder / "next")
     AcceleratorState._reset_state(reset_partial_state=True)
     reader = worker.make({"batch_size": 4}, "adam")
     untouched = worker.everything(reader)
 
     def load_checkpoint(path):
         try:
-            reader.load_checkpoint(path)
+            checkpoint.load(reader, path)
         except ValueError:
             assert worker.everything(reader) == untouched, "loaded in part"
             raise
@@ -405,14 +409,14 @@ def targets(small, tmp_path_factory):
     shutil.copy(small / "prompts.txt", folder / "prompts")
     (folder / "config").mkdir()
     shutil.copy(folder / "run" / "config.json", folder / "config")
-    settings = train.saved_settings(folder / "config")
+    settings = run_inputs.saved_settings(folder / "config", train.RunConfig)
     (folder / "before").mkdir()
     shutil.copy(folder / "run" / "before.json", folder / "before")
     config = train.RunConfig(batch_size=4, eval_prompts=8, max_new_tokens=5, prompts="prompts.txt")
     tokenizer, positions = train.load_tokenizer(small / "model"), GPT2Config(n_positions=60, vocab_size=97)
 
     def load_prompts(path):
-        return sum(train.load_prompts(dataclasses.replace(config, prompts=str(path / "prompts.txt")), tokenizer, 1, positions), [])
+        return sum(run_inputs.load_prompts(path / "prompts.txt", config, tokenizer, 1, positions), [])
 
     def load_tokenizer(path):
         try:
@@ -424,16 +428,17 @@ def targets(small, tmp_path_factory):
             return None
 
     yield {
-        "model": Target(small / "model", other, AutoModelForCausalLMWithValueHead.from_pretrained, judge_model,
+        "model": Target(small / "model", other, load_model, judge_model,
                         ["config.json", "model.safetensors", "model.safetensors", "generation_config.json"]),
         "tokenizer": Target(small / "model", other, load_tokenizer, lambda _, found: "unseen", ["tokenizer.json", "tokenizer_config.json"]),
-        "judge": Target(small / "judge", other, lambda path: rewards.score_texts(rewards.load_reward_model(path), ["the"], [" film"], finite=False),
+        "judge": Target(small / "judge", other, lambda path: rewards.score_texts(load_judge(path), ["the"], [" film"], finite=False),
                         lambda _, found: "unseen" if len(found) == 1 else found),
         "checkpoint": Target(folder / "checkpoint", folder / "next" / "model" / "model.safetensors", load_checkpoint,
                              lambda _, found: "equal" if found == expected else "another state was loaded"),
-        "config": Target(folder / "config", other, train.saved_settings, lambda _, found: "equal" if found == settings else "other settings"),
+        "config": Target(folder / "config", other, lambda path: run_inputs.saved_settings(path, train.RunConfig),
+                         lambda _, found: "equal" if found == settings else "other settings"),
         "before": Target(folder / "before", other,
-                         lambda path: train.Evaluation.read(path / "before.json") if (path / "before.json").is_file() else None,
+                         lambda path: run_folder.Evaluation.read(path / "before.json") if (path / "before.json").is_file() else None,
                          lambda _, found: "equal" if found is None or found.score == found.score else "no score"),
         "prompts": Target(folder / "prompts", other, load_prompts,
                           lambda _, found: "unseen" if all(len(row["tokens"]) for row in found) else found),
@@ -472,7 +477,7 @@ def test_json_that_is_no_manifest_or_config_is_said_to_be_none(text, targets, tm
         targets["checkpoint"].load(tmp_path / "checkpoint")
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="config.json cannot be read"):
-        train.saved_settings(tmp_path)
+        run_inputs.saved_settings(tmp_path, train.RunConfig)
 
 
 def test_a_bit_of_a_checkpoint_that_flips_is_found_wherever_it_is(targets, tmp_path):
@@ -491,16 +496,17 @@ def test_a_bit_of_a_checkpoint_that_flips_is_found_wherever_it_is(targets, tmp_p
 def test_a_whole_checkpoint_of_another_model_changes_nothing(tmp_path, small):
     from test_ppo_core import make
     AcceleratorState._reset_state(reset_partial_state=True)
-    make("llama").save_checkpoint(tmp_path / "llama")
+    checkpoint.save(make("llama"), tmp_path / "llama")
     trainer = make("gpt2")
     trainer.step(*ragged())                         # other weights than those of the checkpoints below
     before = worker.everything(trainer)
     with pytest.raises(ValueError, match="it is of another model"):
-        trainer.load_checkpoint(tmp_path / "llama")
+        checkpoint.load(trainer, tmp_path / "llama")
     # the same model, another optimizer's state: refused before the weights are touched
-    make("gpt2", optimizer=lambda model: torch.optim.SGD(list(model.parameters())[3:], lr=0.1)).save_checkpoint(tmp_path / "part")
+    part = make("gpt2", optimizer=lambda model: torch.optim.SGD(list(model.parameters())[3:], lr=0.1))
+    checkpoint.save(part, tmp_path / "part")
     with pytest.raises(ValueError, match="the saved optimizer has groups of"):
-        trainer.load_checkpoint(tmp_path / "part")
+        checkpoint.load(trainer, tmp_path / "part")
     assert worker.everything(trainer) == before
 
 
@@ -552,10 +558,20 @@ BOMB_PLACES = [
     "zero/mp_rank_00_model_states.pt", "latest"]
 
 
+def load_model(path):
+    with checks.loading(path):          # as scripts/train.py does
+        return AutoModelForCausalLMWithValueHead.from_pretrained(path)
+
+
+def load_judge(path):
+    with checks.loading(path):
+        return rewards.load_reward_model(path)
+
+
 def try_everything(folder):
     """Every way in which plainppo opens a folder. Each may refuse it. -> the sentences."""
     said = []
-    for load in (AutoModelForCausalLMWithValueHead.from_pretrained, lambda path: train.load_tokenizer(str(path)), rewards.load_reward_model):
+    for load in (load_model, lambda path: train.load_tokenizer(str(path)), load_judge):
         try:
             load(folder)
         except ValueError as error:
@@ -592,7 +608,7 @@ def test_weights_that_are_a_pickle_with_code_are_refused_in_one_sentence(form, s
     (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(bombs(tmp_path / "fired")[form])
     with pytest.raises(ValueError, match="holds more than tensors, which a pickle could execute, and nothing of it was; get safetensors"):
-        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "model")
+        load_model(tmp_path / "model")
     # the head of a sharded model is read by our own code
     index = {"metadata": {}, "weight_map": {"v_head.summary.weight": "head.bin"}}
     (tmp_path / "model" / "pytorch_model.bin").rename(tmp_path / "model" / "head.bin")
@@ -677,7 +693,7 @@ def test_prompts_that_cannot_be_trained_on_are_said_before_anything_is_computed(
 
 def prompts_of(path, small, tokenizer=None):
     config = train.RunConfig(batch_size=4, eval_prompts=8, max_new_tokens=5, prompts=str(path))
-    return train.load_prompts(config, tokenizer or train.load_tokenizer(small / "model"), 1, GPT2Config(n_positions=60, vocab_size=97))
+    return run_inputs.load_prompts(path, config, tokenizer or train.load_tokenizer(small / "model"), 1, GPT2Config(n_positions=60, vocab_size=97))
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

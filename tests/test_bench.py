@@ -1,4 +1,5 @@
-"""scripts/bench.py: a workload really runs, useful work is counted right, and the table says yes and no where it must."""
+"""scripts/bench.py: a workload really runs, useful work is counted right, the tables say yes and no where they must, and a
+lever that is switched off changes no number."""
 import json
 import math
 import re
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import bench
 import bench_worker
+import numpy
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ SCRIPTS = Path(bench.__file__).parent
 def test_a_workload_runs_in_a_process_of_its_own(tmp_path):
     """W1 and its end of text, in small: the responses of a fixed length are full, and all figures are there."""
     bench_worker.models({"folder": str(tmp_path), "names": ["gpt2"]})
-    small = {**bench.sides("W1")["plainppo"], "batch_size": 8, "mini_batch_size": 4, "response": 6, "iterations": 2}
+    small = {**bench.sides("W1")["fast"], "batch_size": 8, "mini_batch_size": 4, "response": 6, "iterations": 2}
     # from a small process, as `make bench` does: a new one's highest memory begins with its parent's, and pytest's is large by now
     code = f"import bench, json; print(json.dumps(bench.worker('run', {({**small, 'model': str(tmp_path / 'gpt2')})!r}, OMP_NUM_THREADS='1')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPTS, capture_output=True, text=True, timeout=200)
@@ -61,28 +63,129 @@ def test_the_shapes_are_those_of_the_models():
 
 
 def made_up(workload, side, number, total, peak):
-    rows = [{"generate": total / 4, "step": total * 3 / 4 + extra, "sampled": 1000, "trained": 1000} for extra in (0.0, 0.0, 0.0, 0.0, 9.0)]
+    rows = [{"generate": total / 4, "step": total * 3 / 4 + extra, "sampled": 1000, "trained": 1000}
+            for extra in (0.0, 0.0, 0.0, 0.0, 9.0)]
     return {"workload": workload, "side": side, "round": number, "rows": rows, "imported": 100e6, "peak": peak, "threads": 2,
             "versions": {"torch": "2"}}
 
 
+ABOUT = {"machine": "a machine", "threads": 2, "versions": {"plainppo": {"torch": "2"}}, "date": "today", "command": "this",
+         "matrix products, GFLOP/s": {"float32": 100.0, "bfloat16": 400.0}}
+
+
+def rows_of(table):
+    return [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line.startswith("| W")]
+
+
 def test_the_table_says_what_was_reached(tmp_path, capsys):
     """W1 is in time and not in memory, W2 the other way round; one slow iteration in five changes no median."""
-    runs = [made_up("W1", "plainppo", 0, 2.0, 700e6), made_up("W1", "TRL", 0, 4.0, 1000e6),
-            made_up("W1", "plainppo", 1, 2.0, 700e6), made_up("W1", "TRL", 1, 4.4, 1000e6), made_up("W1", "TRL", 2, 4.0, 1000e6),
-            made_up("W1", "plainppo", 2, 2.0, 700e6), made_up("W2", "plainppo", 0, 2.0, 600e6), made_up("W2", "TRL", 0, 5.9, 1000e6),
-            made_up("W5", "plainppo", 0, 1.0, 600e6), made_up("W5", "TRL", 0, 3.0, 1000e6), made_up("W5", "TRL in bf16", 0, 0.5, 1000e6)]
-    about = {"machine": "a machine", "threads": 2, "versions": {"plainppo": {"torch": "2"}}, "date": "today", "command": "this",
-             "matrix products, GFLOP/s": {"float32": 100.0, "bfloat16": 400.0}}
-    bench.write_results(tmp_path, about, runs)
+    runs = [made_up("W1", "fast", 0, 2.0, 700e6), made_up("W1", "TRL", 0, 4.0, 1000e6), made_up("W1", "plain", 0, 5.0, 2000e6),
+            made_up("W1", "fast", 1, 2.0, 700e6), made_up("W1", "TRL", 1, 4.4, 1000e6), made_up("W1", "TRL", 2, 4.0, 1000e6),
+            made_up("W1", "fast", 2, 2.0, 700e6), made_up("W2", "fast", 0, 2.0, 600e6), made_up("W2", "TRL", 0, 5.9, 1000e6),
+            made_up("W5", "fast", 0, 1.0, 600e6), made_up("W5", "TRL", 0, 3.0, 1000e6),
+            made_up("W5", "TRL in bf16", 0, 0.5, 1000e6)]
+    bench.write_results(tmp_path, ABOUT, runs)
     table, saved = (tmp_path / "results.md").read_text(), json.loads((tmp_path / "results.json").read_text())
     assert table.strip() in capsys.readouterr().out
-    rows = [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line.startswith("| W")]
-    assert [row[1] for row in rows] == ["plainppo", "TRL"] * 3 + ["TRL in bf16"] and all(len(row) == 12 for row in rows)
-    assert rows[1][8:] == ["2.00 (2.00 to 2.20)", "0.70 (0.70 to 0.70)", "1.8 x, 0.6", "time yes, memory no"]
-    assert rows[3][8:] == ["2.95 (2.95 to 2.95)", "0.60 (0.60 to 0.60)", "3 x, 0.6", "time no, memory yes"]
-    assert rows[5][11] == "time yes, memory yes" and rows[6][8:] == ["0.50 (0.50 to 0.50)", "0.60 (0.60 to 0.60)", "", ""]
-    assert rows[0][2:6] == ["0.50", "1.50", "2.00", "500"] and rows[0][6] == "700 (100)"
-    ours = saved["results"]["W5"]["plainppo"]                   # in bf16, against the machine's bf16
-    assert ours["share"] == pytest.approx(bench.useful_flops(bench.SMALL, 1000, 1000) / 1.0 / 400e9)
+    rows = [row for row in rows_of(table) if len(row) == 9]
+    assert [row[0][:2] for row in rows] == ["W1", "W2", "W5"]
+    assert rows[0][1:] == ["4.00, 1000", "5.00, 2000", "0.80 x, 2.00", "2.00, 700", "2.00 x (2.00 to 2.20)", "0.70 (0.70 to 0.70)",
+                           "1.8 x, 0.6", "time yes, memory no"]
+    assert rows[1][1:] == ["5.90, 1000", "", "", "2.00, 600", "2.95 x (2.95 to 2.95)", "0.60 (0.60 to 0.60)", "3 x, 0.6",
+                           "time no, memory yes"]
+    assert rows[2][8] == "time yes, memory yes"
+    details = [row for row in rows_of(table) if len(row) == 8]
+    assert [row[1] for row in details] == ["fast", "plain", "TRL", "fast", "TRL", "fast", "TRL", "TRL in bf16"]
+    assert details[0][2:7] == ["0.50", "1.50", "2.00", "500", "700 (100)"]
+    fast = saved["results"]["W5"]["fast"]                   # in bf16, against the machine's bf16
+    assert fast["share"] == pytest.approx(bench.useful_flops(bench.SMALL, 1000, 1000) / 1.0 / 400e9)
+    assert fast["against"]["TRL in bf16"]["times faster"] == 0.5
     assert len(saved["runs"]) == len(runs) and saved["machine"] == "a machine"
+
+
+def test_a_table_without_trl_names_no_targets(tmp_path):
+    bench.write_results(tmp_path, ABOUT, [made_up("W1", "fast", 0, 2.0, 700e6), made_up("W1", "plain", 0, 5.0, 2000e6)])
+    row = rows_of((tmp_path / "results.md").read_text())[0]
+    assert row[1:] == ["", "5.00, 2000", "", "2.00, 700", "", "", "", ""]
+
+
+def test_another_checkout_is_compared_by_ratios_of_medians(tmp_path):
+    runs = [made_up("W1", side, number, total, peak) for number, faster in enumerate((1.0, 1.0, 1.25))
+            for side, total, peak in (("fast", 2.0, 700e6), ("base", 2.0 * faster, 1000e6))]
+    bench.write_base(tmp_path, ABOUT, runs)
+    assert rows_of((tmp_path / "base.md").read_text())[0][1:] == [
+        "2.00, 1000", "2.00, 700", "1.00 x (1.00 to 1.25)", "0.70 (0.70 to 0.70)"]
+    assert list(bench.sides("W5", base="/other")) == ["fast", "base"]
+    assert bench.sides("W5", base="/other")["base"]["root"] == "/other" and bench.sides("W5", base="/other")["base"]["bf16"]
+
+
+# ---------------------------------------------------------------------------------------------- levers
+
+
+def test_a_lever_is_compared_with_the_run_beside_it(tmp_path):
+    first, second, third = "even sizes", "logits in chunks", "fused activations"
+    assert bench.lever_turns("W1", [first, second, third]) == [first, None, second, third, None]
+    assert bench.lever_turns("W1", ["shared layers run once"]) == [] and bench.lever_turns("W2", ["shared layers run once"])
+    # the machine is half as fast in the second round: what a lever saves stays the same
+    runs = [made_up("W1", side, number, total * (number + 1), peak) for number in (0, 1)
+            for side, total, peak in ((first, 2.0, 800e6), ("fast", 1.0, 600e6), (second, 1.0, 600e6))]
+    assert bench.lever_savings(runs, "W1", first) == (pytest.approx(0.5), pytest.approx(0.25))
+    assert bench.lever_savings(runs, "W1", second) == (0.0, 0.0) and bench.lever_savings(runs, "W2", first) is None
+    bench.write_levers(tmp_path, ABOUT, [*runs, made_up("W2", third, 0, 4.0, 1e9), made_up("W2", "fast", 0, 3.0, 9e8)])
+    table = (tmp_path / "levers.md").read_text()
+    assert "| lever | W1: time, memory | W2: time, memory |" in table and "| even sizes | 50%, 25% | - |" in table
+    assert "| fused activations | - | 25%, 10% |" in table
+    assert json.loads((tmp_path / "levers.json").read_text())["savings"]["logits in chunks"] == {"W1": [0.0, 0.0], "W2": None}
+
+
+def test_bench_knows_the_levers_of_its_worker():
+    assert list(bench_worker.LEVERS) == bench.LEVER_NAMES and set(bench.NEEDS) <= set(bench.LEVER_NAMES)
+    with pytest.raises(AttributeError, match="up to date"):
+        bench_worker.set_existing(bench, "no_such_name", None)
+
+
+def fixed_step(trainer_class, shared):
+    """Two steps of a tiny model on the same responses. -> numbers that any change of the maths would move."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    import distributed
+    from ppo_core import PPOConfig
+    from value_head import AutoModelForCausalLMWithValueHead
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=4096, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0,
+                                       eos_token_id=0))
+    trainer = trainer_class(PPOConfig(batch_size=8, mini_batch_size=4, learning_rate=1e-3),
+                            AutoModelForCausalLMWithValueHead.from_pretrained(model), None,
+                            AutoTokenizer.from_pretrained(bench.ROOT / "assets" / "review-lm"), num_shared_layers=shared,
+                            accelerator=distributed.start())
+    settings = {"batch_size": 8, "query": 5, "response": 12}
+    for queries, responses, scores in bench_worker.batches(settings, 4096, 2):
+        stats = trainer.step(queries, responses, scores)
+    # a step on what this trainer sampled, in which the recalled results are used: ended rows and all
+    sampled = trainer.generate(queries, return_prompt=False, max_new_tokens=6, batch_size=8, eos_token_id=list(range(400)))
+    assert all(len(row) == 6 or row[-1] < 400 for row in sampled) and any(len(row) < 6 for row in sampled)
+    assert trainer.step(queries, sampled, scores)["ppo/policy/ratio_mean"] == pytest.approx(1.0, abs=0.2)
+    return [stats[name] for name in ("ppo/loss/total", "ppo/policy/entropy", "objective/kl", "ppo/val/error", "ppo/grad_norm")]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    import speed
+    return {shared: fixed_step(speed.FastPPOTrainer, shared) for shared in (None, 1)}
+
+
+@pytest.mark.parametrize("lever", bench.LEVER_NAMES)
+def test_a_lever_that_is_off_changes_no_number(lever, whole, monkeypatch):
+    import speed
+    changed = []
+
+    def change(holder, name, value):
+        assert hasattr(holder, name)
+        changed.append(name)
+        monkeypatch.setattr(holder, name, value)
+
+    without = bench_worker.switch_off(lever, speed, change)
+    assert len(changed) == 1 and issubclass(without, speed.FastPPOTrainer)
+    for shared, expected in whole.items():
+        assert fixed_step(without, shared) == pytest.approx(expected, rel=1e-4, abs=1e-6)

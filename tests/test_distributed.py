@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
 import distributed
 from test_ppo_core import tiny
 from value_head import AutoModelForCausalLMWithValueHead
@@ -449,7 +450,7 @@ def test_an_exception_on_one_rank_stops_all_at_once_says_where_and_keeps_the_las
         assert f"rank {rank} of 2 fails in step 2, (b) score: ValueError: rank 1: the reward function raised KeyError: 'no such review'" in output
     run = tmp_path / "run"
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["step-000001"]
-    assert distributed.damage(run / "checkpoints" / "step-000001") is None
+    assert checkpoint.damage(run / "checkpoints" / "step-000001") is None
     kept = (run / "metrics.jsonl").read_text()
     assert len(kept.splitlines()) == 1 and not (run / "final").exists()
     assert "resuming after step 1" in goes_on(tmp_path, None if way == "multi_cpu" else way)
@@ -544,17 +545,6 @@ def test_each_target_is_one_line_to_paste_with_a_number_of_processes(target):
         assert match and (ROOT / match[1]).exists(), line
 
 
-def test_a_lock_that_a_killed_build_left_is_named_instead_of_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "deepspeed_shm_comm" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    distributed.check_build_locks()         # a build that is going on
-    os.utime(lock, (time.time() - 1200,) * 2)
-    with pytest.raises(ValueError, match=r"lock is 20 minutes old.*delete that file"):
-        distributed.check_build_locks()
-
-
 # -------------------------------------------------------------------------------------------------- in one process
 
 
@@ -569,58 +559,73 @@ def test_seeding_sets_every_generator_and_ranks_differ():
     assert draws[0] == draws[1] and all(a != b for a, b in zip(draws[0], draws[2]))
 
 
-def test_float32_products_by_the_other_library_are_as_exact_and_leave_everything_else_alone():
-    """In a process of its own, as it holds for good. Every layout of a forward and a backward pass, against float64."""
-    code = """
-import torch, distributed
-torch.manual_seed(0)
-plain = torch.nn.Linear(24, 40)
-assert distributed.fast_float32_products(force=True) and distributed.fast_float32_products(force=True)      # twice is once
-calls, linear = [], torch.ops.mkldnn._linear_pointwise
-for M, dtype, ours in ((16, torch.float32, True), (3, torch.float32, True), (13, torch.float32, False), (0, torch.float32, False),
-                       (16, torch.float64, False), (16, torch.bfloat16, False)):
-    x = torch.randn(M, 24).to(dtype).requires_grad_()
-    layer = torch.nn.Linear(24, 40).to(dtype)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        for y in (layer(x), torch.addmm(layer.bias, x, layer.weight.t()), x.expand(M, 24) @ layer.weight.t() + layer.bias):
-            y.sum().backward()              # the gradient of a sum is one number, expanded
-    used = any('_linear_pointwise' in event.key for event in profile.key_averages())
-    assert used == ours, (M, dtype)
-    a, w, b = x.detach().double(), layer.weight.detach().double(), layer.bias.detach().double()
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.3}[dtype]
-    assert torch.allclose(y.double(), a @ w.t() + b, atol=tolerance)
-    assert torch.allclose(x.grad.double(), 3 * w.sum(0).expand(M, 24), atol=5 * tolerance)
-    assert torch.allclose(layer.weight.grad.double(), 3 * a.sum(0).expand(40, 24), atol=5 * tolerance)
-    c = torch.randn(40, dtype=dtype)
-    assert torch.allclose(torch.addmm(c, x, layer.weight.t(), beta=0.5, alpha=2.0).double(), 0.5 * c.double() + 2 * (a @ w.t()), atol=3 * tolerance)
-try:
-    torch.ones(8, 16) @ torch.ones(24, 8)
-except RuntimeError as error:
-    print('shapes are still checked')
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and done.stdout == "shapes are still checked\n" and "Warning" not in done.stderr, done.stdout + done.stderr
+def test_no_two_pairs_of_seed_and_rank_share_their_numbers_and_rank_0_has_those_of_the_seed():
+    import random
+    draws = {}
+    for seed in range(12):
+        for rank in range(12):
+            distributed.seed_everything(seed, rank)
+            draws[seed, rank] = (random.random(), float(torch.rand(())))
+    for position in (0, 1):
+        assert len({draw[position] for draw in draws.values()}) == 144
+    torch.manual_seed(5)
+    assert float(torch.rand(())) == draws[5, 0][1]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only glibc gives freed memory back so eagerly")
-def test_freed_memory_is_used_again_without_asking_the_system_and_holds_the_same_numbers():
-    """Each page that the system hands out is a minor fault. The same work, before and after, in a process of its own."""
-    code = """
-import resource, torch, distributed
-torch.set_num_threads(1)
-def faults(times):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    assert {float(torch.ones(16_000_000).mul(2.0).mean()) for _ in range(times)} == {2.0}
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / times
-faults(10)
-usual = faults(5)
-distributed.keep_freed_memory()
-faults(10)
-kept = faults(5)
-assert usual >= 32 and kept < usual / 20, (usual, kept)        # two of 64 MB, above what glibc itself would ever keep
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("threads, environment, said", [("2", {}, 1), ("1", {}, 0), ("2", {"GOMP_SPINCOUNT": "4000"}, 0),
+                                                       ("2", {"OMP_WAIT_POLICY": "passive"}, 0)])
+def test_threads_that_wait_without_sleeping_are_said_once_with_the_remedy(threads, environment, said):
+    code = "import distributed; distributed.start(cpu=True); distributed.start(cpu=True)"
+    outside = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
+                          env={**outside, "OMP_NUM_THREADS": threads, **environment})
+    assert done.returncode == 0 and done.stderr.count("put GOMP_SPINCOUNT=4000 in front of the command") == said, done.stderr
+
+
+class Refusal(ValueError):
+    stage, batch = None, ()
+
+
+class TwoRanks:
+    """Stands for an accelerator of two processes: the other one failed, or not, with these words and attributes."""
+    num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+    def __init__(self, other):
+        self.other = other
+
+    def reduce(self, tensor, reduction):
+        return tensor + float(self.other is not None)
+
+
+def joint(monkeypatch, mine, other):
+    monkeypatch.setattr(distributed, "gather_lists", lambda accelerator, items: [*items, other])
+    with pytest.raises(Refusal) as caught, distributed.together(TwoRanks(other), Refusal):
+        if mine is not None:
+            raise mine
+    return caught.value
+
+
+def test_an_error_on_one_rank_is_raised_on_all_with_its_attributes_and_a_batch_stays_where_it_is(monkeypatch):
+    mine = Refusal("score 3 is nan")
+    mine.stage, mine.batch = "scores", torch.ones(2)
+    sent = []
+    monkeypatch.setattr(distributed, "gather_lists", lambda accelerator, items: sent.extend(items) or [*items, None])
+    with pytest.raises(Refusal, match="^rank 0: score 3 is nan$") as caught, distributed.together(TwoRanks(None), Refusal):
+        raise mine
+    assert caught.value.stage == "scores" and caught.value.batch is mine.batch and caught.value.__cause__ is mine
+    assert sent == [("score 3 is nan", {"stage": "scores"})]
+    there = joint(monkeypatch, None, ("score 3 is nan", {"stage": "scores"}))       # on a rank where nothing failed
+    assert str(there) == "rank 1: score 3 is nan" and there.stage == "scores" and there.batch == ()
+    both = joint(monkeypatch, mine, ("score 1 is inf", {"stage": "values"}))
+    assert str(both) == "rank 0: score 3 is nan; rank 1: score 1 is inf" and both.stage == "scores"
+
+
+def test_the_number_of_an_os_error_reaches_every_rank(monkeypatch):
+    import errno
+    monkeypatch.setattr(distributed, "gather_lists", lambda accelerator, items: [*items, ("no room", {"errno": errno.ENOSPC})])
+    with pytest.raises(OSError, match="^rank 1: no room$") as caught, distributed.together(TwoRanks("no room"), OSError):
+        pass
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_sum_over_one_process_is_the_tensor_itself():
@@ -658,82 +663,3 @@ def test_a_tracker_that_is_not_installed_is_named_with_the_command_that_installs
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else original(name, *a))
     with pytest.raises(ValueError, match="pip install wandb"):
         distributed.start(log_with="wandb", cpu=True)
-
-
-# ------------------------------------------------------------------------------------------------- checkpoint folders
-
-
-def filled(folder):
-    with distributed.whole_folder(distributed.start(cpu=True), folder) as partial:
-        (partial / "sub").mkdir()
-        (partial / "sub" / "weights").write_bytes(bytes(range(256)) * 100)
-        (partial / "numbers.json").write_text("{}")
-    return folder
-
-
-def test_a_whole_folder_is_whole_has_the_modes_of_the_umask_and_leaves_nothing_beside_it(tmp_path):
-    old = os.umask(0o027)
-    try:
-        folder = filled(tmp_path / "state")
-    finally:
-        os.umask(old)
-    assert distributed.damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["state"]
-    assert (folder / "sub" / "weights").stat().st_mode & 0o777 == 0o640
-
-
-def test_a_folder_that_was_not_finished_is_not_there_and_the_next_one_takes_its_place(tmp_path):
-    with pytest.raises(KeyError), distributed.whole_folder(distributed.start(cpu=True), tmp_path / "state") as partial:
-        (partial / "left over").write_text("from a run that was killed")
-        raise KeyError
-    assert not (tmp_path / "state").exists()
-    assert distributed.damage(filled(tmp_path / "state")) is None and not list(tmp_path.rglob("left over"))
-
-
-def test_a_folder_that_is_there_is_left_alone(tmp_path):
-    folder = filled(tmp_path / "state")
-    with pytest.raises(ValueError, match="is there already"):
-        filled(folder)
-    assert distributed.damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["state"]
-
-
-def flip(path, position=-1):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("harm, words", [
-    (lambda f: flip(f / "sub" / "weights", 1234), "sub/weights is not what was written"),
-    (lambda f: (f / "sub" / "weights").write_bytes(b"short"), "has 5 bytes instead of 25600"),
-    (lambda f: (f / "numbers.json").unlink(), "numbers.json is missing"),
-    (lambda f: (f / "foreign").write_text(""), "foreign is not in its manifest"),
-    (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
-    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
-    (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_damage_is_found_and_named(harm, words, tmp_path):
-    folder = filled(tmp_path / "state")
-    harm(folder)
-    assert words in distributed.damage(folder)
-
-
-def test_no_flipped_bit_goes_unseen(tmp_path):
-    folder = filled(tmp_path / "state")
-    for name in ("manifest.json", "numbers.json", "sub/weights"):
-        whole = (folder / name).read_bytes()
-        for position in range(0, len(whole), max(1, len(whole) // 50)):
-            for bit in range(8):
-                flipped = bytearray(whole)
-                flipped[position] ^= 1 << bit
-                (folder / name).write_bytes(flipped)
-                # white space between the manifest's entries means nothing, so it may change unseen
-                same = name == "manifest.json" and same_json(whole, flipped)
-                assert same or distributed.damage(folder) is not None, (name, position, bit)
-        (folder / name).write_bytes(whole)
-
-
-def same_json(one, other):
-    try:
-        return json.loads(one) == json.loads(bytes(other))
-    except ValueError:
-        return False

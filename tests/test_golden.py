@@ -1,4 +1,4 @@
-"""PPOTrainer.step() trains as TRL 0.11.4's did: the same weights, the same statistics, the same mini-batches.
+"""step() of both trainers trains as TRL 0.11.4's did: the same weights, statistics and mini-batches.
 
 The files under tests/golden/ were written by TRL itself, on tiny random GPT-2, Llama and Bloom models with ragged
 queries and responses; tests/make_golden.py made them, and its docstring says how to make them again. Each case is three
@@ -22,10 +22,12 @@ from transformers import PreTrainedTokenizerFast
 from optim import Lion
 from ppo_core import PPOConfig, PPOTrainer
 from reference import create_reference_model
+from speed import FastPPOTrainer
 from value_head import AutoModelForCausalLMWithValueHead
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.json"))
+TRAINERS = {"plain": PPOTrainer, "fast": FastPPOTrainer}
 OPTIMIZERS = {"SGD": torch.optim.SGD, "Lion": Lion}
 SCHEDULERS = {"ExponentialLR": torch.optim.lr_scheduler.ExponentialLR}
 
@@ -53,8 +55,8 @@ def load(case):
     return json.loads((GOLDEN / f"{case}.json").read_text()), load_file(GOLDEN / f"{case}.safetensors")
 
 
-def build(data, config):
-    """Our trainer for a case. Without an optimizer in the file, the trainer's own default has to be TRL's: Adam."""
+def build(data, config, kind):
+    """Our trainer for a case; kind: a name of TRAINERS. Without an optimizer in the file, the trainer's own default has to be TRL's: Adam."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(str(GOLDEN / "models" / data["model"]))
     shared = data["num_shared_layers"]
     ref_model = create_reference_model(model) if shared is None else None
@@ -66,15 +68,15 @@ def build(data, config):
         name, kwargs = data["scheduler"]
         scheduler = SCHEDULERS[name](optimizer, **kwargs)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(GOLDEN / "tokenizer"))
-    trainer = PPOTrainer(PPOConfig(**config), model, ref_model, tokenizer, optimizer=optimizer,
-                         num_shared_layers=shared, lr_scheduler=scheduler)
+    trainer = TRAINERS[kind](PPOConfig(**config), model, ref_model, tokenizer, optimizer=optimizer,
+                             num_shared_layers=shared, lr_scheduler=scheduler)
     return trainer, model
 
 
-def train(data, **changed):
+def train(data, kind, **changed):
     """-> statistics of the three steps, the model, updates per step, and the next number of numpy's generator."""
     config = {**data["config"], **changed}
-    trainer, model = build(data, config)
+    trainer, model = build(data, config, kind)
     updates, stats, counts = [], [], []
     handle = register_optimizer_step_post_hook(lambda *_: updates.append(1))
     # TRL's constructor seeds this generator, ours never does. It gives the order of the samples, epoch by epoch.
@@ -93,11 +95,11 @@ def train(data, **changed):
 
 
 @functools.cache
-def result(case):
-    """One training per case, shared by the tests below. The global generators are left as they were found."""
+def result(case, kind):
+    """One training per case and trainer, shared by the tests below. The global generators are left as they were found."""
     before = np.random.get_state()
     try:
-        return train(load(case)[0])
+        return train(load(case)[0], kind)
     finally:
         np.random.set_state(before)
 
@@ -130,21 +132,23 @@ def largest_difference(ours, theirs, where):
     return float(((ours - theirs).abs() * where).max())
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("case", CASES)
-def test_trained_policy_and_value_head_equal_trl(case):
+def test_trained_policy_and_value_head_equal_trl(case, kind):
     data, arrays = load(case)
-    _, model, _, _ = result(case)
+    _, model, _, _ = result(case, kind)
     last = data["steps"][-1]
     logprobs, values = score_one_by_one(model, last["queries"], last["responses"])
     assert largest_difference(logprobs, arrays["final/logprobs"], arrays["final/mask"]) < TOKEN_ATOL
     assert largest_difference(values, arrays["final/values"], arrays["final/mask"]) < TOKEN_ATOL
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("case", CASES)
-def test_every_scalar_statistic_equals_trl(case):
+def test_every_scalar_statistic_equals_trl(case, kind):
     data, _ = load(case)
     wrong = []
-    for k, (step, ours) in enumerate(zip(data["steps"], result(case)[0])):
+    for k, (step, ours) in enumerate(zip(data["steps"], result(case, kind)[0])):
         for key, expected in step["stats"].items():
             if key not in ours:
                 wrong.append(f"step {k}: {key} is missing")
@@ -153,10 +157,11 @@ def test_every_scalar_statistic_equals_trl(case):
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("case", CASES)
-def test_statistics_per_token_and_sample_equal_trl(case):
+def test_statistics_per_token_and_sample_equal_trl(case, kind):
     data, arrays = load(case)
-    for k, (step, ours) in enumerate(zip(data["steps"], result(case)[0])):
+    for k, (step, ours) in enumerate(zip(data["steps"], result(case, kind)[0])):
         inside = pad([[1] * len(response) for response in step["responses"]])              # (B, R)
         chosen = pad(step["response_masks"]) if step["response_masks"] else inside         # (B, R)
         for name, atol in (("logprobs", TOKEN_ATOL), ("ref_logprobs", REF_ATOL)):
@@ -168,10 +173,11 @@ def test_statistics_per_token_and_sample_equal_trl(case):
         torch.testing.assert_close(kl, arrays[f"step{k}/kl_dist"], atol=TOKEN_ATOL, rtol=STAT_RTOL)
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("case", CASES)
-def test_as_many_updates_in_the_same_order(case):
+def test_as_many_updates_in_the_same_order(case, kind):
     data, _ = load(case)
-    _, _, updates, draw = result(case)
+    _, _, updates, draw = result(case, kind)
     assert updates == data["mini_batches"]
     # Equal only if every epoch drew one permutation of the batch and nothing else used the generator.
     assert draw == data["numpy_draw_after"]
@@ -190,10 +196,11 @@ SETTINGS = [("gpt2_coefficients", dict(gamma=1.0)), ("gpt2_coefficients", dict(l
             ("gpt2_default", dict(seed=0))]
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
 @pytest.mark.parametrize("case, changed", SETTINGS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
-def test_a_wrong_setting_would_be_noticed(case, changed):
+def test_a_wrong_setting_would_be_noticed(case, changed, kind):
     data, _ = load(case)
-    stats = train(data, **changed)[0]
+    stats = train(data, kind, **changed)[0]
     far = [key for step, ours in zip(data["steps"], stats) for key, expected in step["stats"].items()
            if abs(float(ours[key]) - expected) > 5 * stat_tolerance(key, expected)]
     assert far

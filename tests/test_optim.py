@@ -88,31 +88,6 @@ def test_lion_trains_bf16_parameters_with_bf16_state():
     assert optimizer.state[parameter]["momentum"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_restored_optimizer_continues_exactly(name):
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(80, 64)         # 5,120 weights: enough for 8-bit state, and the bias keeps float32
-    data = torch.randn(12, 8, 80)
-
-    def train(layer, optimizer, batches):
-        for batch in batches:
-            optimizer.zero_grad()
-            (layer(batch) - 1).square().mean().backward()
-            optimizer.step()
-
-    optimizer = make_optimizer(name, layer.parameters(), learning_rate=0.01)
-    train(layer, optimizer, data[:5])
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    twin = copy.deepcopy(layer)
-    restored = make_optimizer(name, twin.parameters(), learning_rate=0.5)       # the state brings the learning rate too
-    restored.load_state_dict(torch.load(file))
-    train(layer, optimizer, data[5:])
-    train(twin, restored, data[5:])
-    assert torch.equal(layer.weight, twin.weight) and torch.equal(layer.bias, twin.bias)
-
-
 @pytest.mark.parametrize("arguments", [{"lr": 0.0}, {"lr": -1e-4}, {"lr": float("nan")}, {"betas": (0.9, 1.0)}, {"betas": (-0.1, 0.99)},
                                        {"weight_decay": -0.1}], ids=str)
 def test_lion_refuses_settings_that_cannot_work(arguments):
@@ -270,6 +245,47 @@ def test_a_schedule_is_stepped_after_the_optimizer_without_a_warning_from_torch(
             rates(name, steps=4, warmup_steps=2)
 
 
+def test_a_warm_up_as_long_as_the_run_ends_at_the_full_learning_rate():
+    assert rates("linear", steps=4, warmup_steps=4, count=4) == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-6)
+
+
+def test_an_unknown_schedule_names_the_choices_and_a_bad_warm_up_both_numbers():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match="'polynomial'.*constant, linear, cosine, exponential"):
+        make_schedule("polynomial", optimizer, 10)
+    for warmup_steps in (-1, 11):
+        with pytest.raises(ValueError, match=rf"warmup_steps \({warmup_steps}\).*steps \(10\)"):
+            make_schedule("linear", optimizer, 10, warmup_steps)
+
+
+# ---- moves to test_checkpoint.py
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_restored_optimizer_continues_exactly(name):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(80, 64)         # 5,120 weights: enough for 8-bit state, and the bias keeps float32
+    data = torch.randn(12, 8, 80)
+
+    def train(layer, optimizer, batches):
+        for batch in batches:
+            optimizer.zero_grad()
+            (layer(batch) - 1).square().mean().backward()
+            optimizer.step()
+
+    optimizer = make_optimizer(name, layer.parameters(), learning_rate=0.01)
+    train(layer, optimizer, data[:5])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twin = copy.deepcopy(layer)
+    restored = make_optimizer(name, twin.parameters(), learning_rate=0.5)       # the state brings the learning rate too
+    restored.load_state_dict(torch.load(file))
+    train(layer, optimizer, data[5:])
+    train(twin, restored, data[5:])
+    assert torch.equal(layer.weight, twin.weight) and torch.equal(layer.bias, twin.bias)
+
+
 def test_a_restored_schedule_continues_exactly():
     def start():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -289,16 +305,3 @@ def test_a_restored_schedule_continues_exactly():
     again.load_state_dict(optimizer.state_dict())
     restored.load_state_dict(schedule.state_dict())
     assert trace(again, restored, 6) == trace(optimizer, schedule, 6)
-
-
-def test_a_warm_up_as_long_as_the_run_ends_at_the_full_learning_rate():
-    assert rates("linear", steps=4, warmup_steps=4, count=4) == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=1e-6)
-
-
-def test_an_unknown_schedule_names_the_choices_and_a_bad_warm_up_both_numbers():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(ValueError, match="'polynomial'.*constant, linear, cosine, exponential"):
-        make_schedule("polynomial", optimizer, 10)
-    for warmup_steps in (-1, 11):
-        with pytest.raises(ValueError, match=rf"warmup_steps \({warmup_steps}\).*steps \(10\)"):
-            make_schedule("linear", optimizer, 10, warmup_steps)

@@ -1,4 +1,4 @@
-"""Every command and every Python block of the README runs as printed, in a copy of the project, with few steps."""
+"""Every command and every Python block of README.md and docs/*.md runs as printed, in a copy of the project, with few steps."""
 import json
 import os
 import re
@@ -12,16 +12,19 @@ import pytest
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+README, TEXT = PAGES["README.md"], "\n".join(PAGES.values())
 PYTHON = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-SHELL = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()
-         if line.strip() and not line.startswith("#")]
+# A command that two pages print runs once; the order is that of the pages.
+SHELL = list(dict.fromkeys(line for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S) for line in block.splitlines()
+                           if line.strip() and not line.startswith("#")))
 NOT_RUN = {"make test": "it is what runs this test", "make test-long": "it is what runs this test"}
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A hub cache that holds small random models under the README's ids, so that its blocks run as printed, without a hub."""
+    """A hub cache that holds small random models under the ids that the pages name, so that its blocks run as printed, without a hub."""
     home, commit = tmp_path_factory.mktemp("hub"), "0123456789" * 4
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm")
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0}
@@ -52,8 +55,51 @@ def checkout(tmp_path_factory):
     return copy
 
 
-def test_the_readme_has_commands_and_python():
-    assert len(PYTHON) >= 2 and len(SHELL) >= 6
+def test_no_command_and_no_python_block_was_lost():
+    """When all of them stood in one page there were 12 blocks and 25 commands."""
+    assert len(PYTHON) >= 12 and len(SHELL) >= 25
+
+
+def test_the_readme_can_be_read_in_five_minutes():
+    assert README.count("\n") <= 220
+
+
+def anchor(heading):
+    """The id that GitHub gives to a heading: lower case, spaces become hyphens, other punctuation goes."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def broken_links(page, text, pages):
+    """-> the links of one page whose file or heading does not exist."""
+    broken = []
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?:", link):
+            continue
+        path, _, fragment = link.partition("#")
+        target = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
+        missing = not (ROOT / target).exists()
+        if fragment and not missing:
+            plain = re.sub(r"```.*?```", "", pages.get(target, ""), flags=re.S)
+            missing = fragment not in [anchor(heading) for heading in re.findall(r"^#+ (.*)$", plain, re.M)]
+        if missing:
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading_that_exist(page):
+    assert broken_links(page, PAGES[page], PAGES) == []
+
+
+def test_a_broken_link_is_found():
+    text = "# Here\n[a](docs/nowhere.md) [b](#there) [c](#here) [d](LICENSE) [e](README.md#no-such-heading)"
+    assert broken_links("README.md", text, {"README.md": text}) == ["docs/nowhere.md", "#there", "README.md#no-such-heading"]
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    for page in PAGES:
+        assert page == "README.md" or f"]({page})" in README, page
 
 
 def test_every_python_block_runs_as_printed(checkout, hub):
@@ -70,6 +116,7 @@ def run_line(line, checkout):
     # Longest lines cut short by the variable that scripts/train.py reads; the flags of the line itself are still parsed and used.
     environment = {**os.environ, "PLAINPPO_ARGS": "--steps 1 --batch_size 8 --eval_prompts 8 --max_new_tokens 8",
                    "ARGS": {"make features": "--only seed0", "make sharing": "--rounds 1 --layers 5",
+                            "make levers": "--only W1 --rounds 1 --iterations 1 --levers 'fused activations'",
                             "make bench": "--no_peer --no_growth --only W1 --rounds 1 --iterations 1",
                             "make profile": "--batch_size 16"}.get(line, "")}
     if "--warmup_steps" in line:
@@ -104,14 +151,14 @@ def test_shell_line_runs(line, checkout, finished):
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
 
 
-def test_every_test_that_the_readme_names_exists():
+def test_every_test_and_path_that_a_page_names_exists():
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     for name in set(re.findall(r"`(test_\w+)`", TEXT)):
         assert f"def {name}(" in sources, name
-    for path in set(re.findall(r"`((?:tests|scripts|assets)/[\w./-]+)`", TEXT)):
+    for path in set(re.findall(r"`((?:tests|scripts|assets|bench|docs)/[\w./-]+)`", TEXT)):
         assert (ROOT / path).exists(), path
 
 
 def test_the_map_of_modules_names_every_module():
     for path in ROOT.glob("*.py"):
-        assert f"`{path.name}`" in TEXT
+        assert f"`{path.name}`" in README

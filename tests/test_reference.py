@@ -11,7 +11,7 @@ from torch import nn
 from transformers import (AutoModelForCausalLM, BloomConfig, Gemma3nTextConfig, Gemma4TextConfig, GPT2Config, GPTNeoXConfig,
                           LlamaConfig, MptConfig, OPTConfig, Qwen2Config)
 
-from reference import SharedTrunk, create_reference_model, find_layers, shared_bytes
+from reference import create_reference_model, find_layers, shared_bytes
 from value_head import AutoModelForCausalLMWithValueHead
 
 V, LAYERS = 40, 3
@@ -284,7 +284,8 @@ def test_find_layers_gives_the_name_and_the_blocks():
     assert layers is policy.pretrained_model.model.decoder.layers and len(layers) == LAYERS
 
 
-# ------------------------------------------------------------------------------------- the trunk, computed once
+# ---- moves to test_speed.py
+from speed import SharedTrunk      # noqa: E402
 
 
 def block_calls(model, family):

@@ -233,12 +233,56 @@ def test_full_kl_is_never_negative_and_zero_for_equal_policies():
     assert full_kl(logits, logits + 3.0).abs().max() < 1e-5
 
 
+def test_full_kl_takes_logits_of_minus_infinity_as_tokens_of_probability_zero():
+    logits, ref_logits = two_logits()
+    excluded = torch.zeros(11, dtype=torch.bool)
+    excluded[[2, 7]] = True
+    policy, reference = logits.masked_fill(excluded, -math.inf), ref_logits.masked_fill(excluded, -math.inf)
+    # Excluded in both: the KL over the other nine tokens.
+    assert torch.allclose(full_kl(policy, reference), full_kl(logits[..., ~excluded], ref_logits[..., ~excluded]), atol=1e-6)
+    # Excluded by the policy alone: the same sum, but the reference still gives mass to all eleven.
+    logp, ref_logp = policy.log_softmax(-1)[..., ~excluded], ref_logits.log_softmax(-1)[..., ~excluded]
+    assert torch.allclose(full_kl(policy, ref_logits), (logp.exp() * (logp - ref_logp)).sum(-1), atol=1e-6)
+    # Excluded by the reference alone: the policy does what the reference never would.
+    assert full_kl(logits, reference).eq(math.inf).all()
+
+
+def test_full_kl_hides_no_nan():
+    logits, ref_logits = two_logits((1, 2, 5))
+    for broken in (logits, ref_logits):
+        pair = [x.clone() for x in (logits, ref_logits)]
+        pair[broken is ref_logits][0, 1, 3] = float("nan")
+        assert full_kl(*pair).isnan().tolist() == [[False, True]]
+
+
 def test_the_expectation_of_the_sampled_kl_under_the_policy_is_the_full_kl():
     logits, ref_logits = (x.double() for x in two_logits((2, 3, 11)))
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     # Every token of the vocabulary in turn is "the sampled one", weighted by its probability.
     expectation = sum(logp[..., v].exp() * kl_penalty(logp[..., v], ref_logp[..., v]) for v in range(11))
     assert torch.allclose(expectation, full_kl(logits, ref_logits), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("in_reference", [True, False])
+def test_full_kl_counts_an_entry_that_the_policy_never_chooses_as_zero(in_reference):
+    logits, ref_logits = two_logits()
+    logits[..., [2, 7]] = -math.inf
+    if in_reference:
+        ref_logits[..., [2, 7]] = -math.inf
+    possible = [v for v in range(11) if v not in (2, 7)]
+    logp, ref_logp = logits.double().log_softmax(-1)[..., possible], ref_logits.double().log_softmax(-1)[..., possible]
+    expected = (logp.exp() * (logp - ref_logp)).sum(-1)
+    assert expected.isfinite().all()
+    assert torch.allclose(full_kl(logits, ref_logits).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_full_kl_is_infinite_where_the_reference_alone_excludes_an_entry_and_hides_no_nan():
+    logits, ref_logits = two_logits()
+    ref_logits[0, 0, 3] = -math.inf
+    logits[1, 2, 5] = math.nan
+    kl = full_kl(logits, ref_logits)
+    assert kl[0, 0] == math.inf and kl[1, 2].isnan()
+    assert kl.isfinite().sum() == kl.numel() - 2
 
 
 # ---------------------------------------------------------------------------------------------- token rewards

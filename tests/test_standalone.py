@@ -1,6 +1,6 @@
-"""Each module can be copied out alone: what it imports, what its example does, what importing it changes.
+"""Each module can be copied out: what it imports, what its example does, what importing it changes.
 
-The rules are read off the source with `ast`, and then tried: a copy in an empty folder has to run.
+The rules are read off the source with `ast`, and then tried: a copy in an otherwise empty folder has to run.
 """
 import ast
 import json
@@ -15,16 +15,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = ("value_head", "reference", "rewards", "optim", "distributed")
-MODULES = (*LEAVES, "ppo_core")
+CORE = (*LEAVES, "ppo_core")
+POWERS = ("checkpoint", "speed")            # they stand on the core, and not on each other
+ALONE = (*LEAVES, "checks")                 # these import no sibling at all; checks is a power that the core calls
+MODULES = (*LEAVES, "checks", "ppo_core", *POWERS)
 SIBLINGS = {path.stem for folder in (ROOT, ROOT / "scripts") for path in folder.glob("*.py")} | set(MODULES)
-# numpy and safetensors are dependencies of transformers: whoever has that has them.
-ALLOWED = {"torch", "transformers", "accelerate", "numpy", "safetensors"} | set(sys.stdlib_module_names)
+STANDARD = set(sys.stdlib_module_names)
+# numpy and safetensors are dependencies of transformers and accelerate: whoever has these has numpy and safetensors.
+ALLOWED = {"torch", "transformers", "accelerate", "numpy", "safetensors"} | STANDARD
+MARK = "the trainer: from here on this file needs its neighbours"       # in a comment line between the halves of ppo_core
 HEADINGS = ("Why", "Source", "Differs", "Shapes", "Copy me")
 every_module = pytest.mark.parametrize("module", MODULES)
 
 
+def source_of(module):
+    return (ROOT / f"{module}.py").read_text(encoding="utf-8")
+
+
 def tree_of(module):
-    return ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    return ast.parse(source_of(module))
 
 
 def imported_by(node):
@@ -37,51 +46,115 @@ def imported_by(node):
 
 
 def imports_of(tree):
-    """-> list of (package, outermost function or method that holds the import, or None at module level)."""
-    found = []
-
-    def walk(node, holder):
-        for child in ast.iter_child_nodes(node):
-            found.extend((name, holder) for name in imported_by(child))
-            function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-            walk(child, child if function and holder is None else holder)
-
-    walk(tree, None)
-    return found
+    """-> list of (package, import statement, whether it stands at the left margin)."""
+    margin = {id(node) for node in tree.body}
+    return [(name, node, id(node) in margin) for node in ast.walk(tree) for name in sorted(imported_by(node))]
 
 
-def called_names(node):
-    return {call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)}
+def bound_names(node):
+    """The names that an import statement makes known in its file: `import a.b` binds a, `from a import b as c` binds c."""
+    return [alias.asname or (alias.name.split(".")[0] if isinstance(node, ast.Import) else alias.name) for alias in node.names]
+
+
+def halves(source):
+    """ppo_core.py -> number of the marked line, counted from 1."""
+    marked = [number for number, line in enumerate(source.splitlines(), 1) if MARK in line and line.startswith("#")]
+    assert len(marked) == 1, f"{len(marked)} lines say that {MARK!r}"
+    return marked[0]
+
+
+def example_of(source):
+    """The block `if __name__ == "__main__":` at the end of a file."""
+    return source[source.index('\nif __name__ == "__main__":'):]
 
 
 # ---------------------------------------------------------------------------------------------- import rules
 
 
+def broken_rules(module, source):
+    """-> one sentence for each import in `source`, the text of `module`, that design forbids."""
+    complaints, bound = [], set()
+    mark = halves(source) if module == "ppo_core" else 0
+    siblings = {"ppo_core": {*LEAVES, "checks"}, **dict.fromkeys(POWERS, set(CORE))}.get(module, set())
+    for name, node, at_margin in imports_of(ast.parse(source)):
+        where = f"line {node.lineno} imports {name}"
+        upper = node.lineno < mark
+        if name in SIBLINGS or name == ".":
+            if name not in siblings:
+                complaints.append(f"{where}, which {module} may not")
+            elif not at_margin:
+                complaints.append(f"{where} inside a function or a block")
+            elif upper:
+                complaints.append(f"{where} in the upper half")
+            # One statement binds several names, and is met once for each package: a name counts once per statement.
+            twice = bound & {(alias, False) for alias in bound_names(node)}
+            complaints += [f"line {node.lineno} imports {alias} a second time" for alias, _ in sorted(twice)]
+            bound |= {(alias, False) for alias in bound_names(node)}
+        elif upper and name not in STANDARD | {"torch", "numpy"}:
+            complaints.append(f"{where} in the upper half")
+        elif at_margin and name not in ALLOWED:
+            complaints.append(f"{where} at the left margin, which needs another package")
+    return complaints
+
+
 @every_module
-def test_module_level_imports_are_standard_torch_transformers_and_accelerate(module):
-    names = {name for name, holder in imports_of(tree_of(module)) if holder is None}
-    assert names <= ALLOWED, names - ALLOWED
-    assert not names & SIBLINGS, names & SIBLINGS
+def test_imports_follow_the_rules(module):
+    assert broken_rules(module, source_of(module)) == []
 
 
-@pytest.mark.parametrize("module", LEAVES)
-def test_a_leaf_module_imports_no_sibling_at_any_level(module):
-    names = {name for name, _ in imports_of(tree_of(module))}
-    assert not names & (SIBLINGS | {"."}), names & (SIBLINGS | {"."})
+@pytest.mark.parametrize("module", ALONE)
+def test_a_module_that_stands_alone_imports_no_sibling_at_any_level(module):
+    assert {name for name, _, _ in imports_of(tree_of(module))} & (SIBLINGS | {"."}) == set()
 
 
-def test_ppo_core_imports_siblings_only_inside_the_trainer_and_its_checks():
-    tree = tree_of("ppo_core")
-    trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "PPOTrainer")
-    methods = [node for node in trainer.body if isinstance(node, ast.FunctionDef)]
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
-    # A function counts as the trainer's when the trainer calls it and nothing else in the file does.
-    others = set().union(*(called_names(node) for node in tree.body if node is not trainer))
-    checks = [function for function in functions if function.name in called_names(trainer) - others]
-    holders = {holder for name, holder in imports_of(tree) if name in SIBLINGS}
-    assert len(holders) >= 3        # the trainer does use its neighbours: the search has found something
-    strangers = {getattr(holder, "name", "module level") for holder in holders if holder not in methods + checks}
-    assert not strangers, strangers
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_imports_neither_speed_nor_checkpoint(module):
+    names = {name for name, _, _ in imports_of(tree_of(module))}
+    assert not names & {"speed", "checkpoint", "train", "run_folder"}
+
+
+@pytest.mark.parametrize("script", ["train", "run_folder"])
+def test_a_script_imports_siblings_at_the_left_margin(script):
+    tree = ast.parse((ROOT / "scripts" / f"{script}.py").read_text(encoding="utf-8"))
+    inside = [name for name, _, at_margin in imports_of(tree) if name in SIBLINGS and not at_margin]
+    assert not inside, inside
+
+
+def test_only_train_names_the_powers_that_can_be_taken_away():
+    """So that whoever deletes speed.py or checkpoint.py has one file to change; bench measures them and may name them.
+
+    scripts/run_checkpoints.py is deleted together with checkpoint.py."""
+    users = {power: sorted(path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "scripts")
+                           for path in folder.glob("*.py") if power in {name for name, _, _ in imports_of(
+                               ast.parse(path.read_text(encoding="utf-8")))} and not path.stem.startswith("bench"))
+             for power in POWERS}
+    assert users == {**dict.fromkeys(POWERS, ["scripts/train.py"]), "checkpoint": ["scripts/run_checkpoints.py", "scripts/train.py"]}
+
+
+def test_ppo_core_does_import_its_neighbours_below_the_line():
+    """The rules above would also hold for a file in which the search finds nothing."""
+    mark = halves(source_of("ppo_core"))
+    below = {name for name, node, at_margin in imports_of(tree_of("ppo_core")) if at_margin and node.lineno > mark}
+    assert {"distributed", "rewards", "reference", "checks"} <= below
+
+
+def test_the_search_for_broken_rules_finds_them():
+    core = f"import torch\n\n# ---- {MARK}\nimport checks\nfrom checks import BadNumbers\nimport rewards\n"
+    assert broken_rules("ppo_core", core) == []
+    assert broken_rules("ppo_core", "import optim\n" + core) == ["line 1 imports optim in the upper half"]
+    assert broken_rules("ppo_core", "def f():\n    import accelerate\n" + core) == ["line 2 imports accelerate in the upper half"]
+    assert broken_rules("ppo_core", core + "def f():\n    import optim\n") == ["line 8 imports optim inside a function or a block"]
+    assert broken_rules("ppo_core", core + "import rewards\n") == ["line 7 imports rewards a second time"]
+    assert broken_rules("ppo_core", core + "from speed import tune_cpu\n") == ["line 7 imports speed, which ppo_core may not"]
+    assert broken_rules("optim", "import math\nimport bitsandbytes\n") == [
+        "line 2 imports bitsandbytes at the left margin, which needs another package"]
+    assert broken_rules("optim", "def f():\n    import bitsandbytes\n    from rewards import x\n") == [
+        "line 3 imports rewards, which optim may not"]
+    assert broken_rules("checks", "from . import rewards\n") == ["line 1 imports ., which checks may not"]
+    assert broken_rules("speed", "import rewards\n") == [] and broken_rules("speed", "import checkpoint\n") == [
+        "line 1 imports checkpoint, which speed may not"]
+    with pytest.raises(AssertionError, match="0 lines"):
+        broken_rules("ppo_core", "import torch\n")
 
 
 @every_module
@@ -95,16 +168,55 @@ def test_nothing_but_a_function_reads_the_environment(module):
 # ---------------------------------------------------------------------------------------------- copy me
 
 
-@every_module
-def test_a_copy_in_an_empty_folder_runs_its_example(module, tmp_path):
-    shutil.copy(ROOT / f"{module}.py", tmp_path)
+def named_needs(docstring):
+    """-> the siblings that the sentence "Copy me: needs ..." of a module's head names."""
+    sentence = re.search(r"^Copy me:(.*?)\.(?=\s|$)", docstring, re.MULTILINE | re.DOTALL)[1]
+    words = " ".join(sentence.split())
+    return set(re.findall(r"\b(\w+)\.py\b", words)) | (set(LEAVES) if "the five concept files" in words else set())
+
+
+def needs_of(module):
+    """-> the siblings that a copy of `module` needs, and those that they need in turn, as the heads say."""
+    needed, new = set(), {module}
+    while new:
+        needed |= new
+        new = set().union(*(named_needs(ast.get_docstring(tree_of(name))) for name in new)) - needed
+    return needed - {module}
+
+
+def runs_alone(folder, name):
+    """Run the example of `name` in `folder`, where nothing of the project can be imported but what lies there."""
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, f"{module}.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                         timeout=120)
+    run = subprocess.run([sys.executable, name], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if re.search(r"\d", line)]
     assert len(lines) >= 2, run.stdout
     assert not re.search(r"\bnan\b|\binf\b", run.stdout), run.stdout
+
+
+@every_module
+def test_a_copy_with_what_its_head_names_runs_its_example(module, tmp_path):
+    """The leaves and checks.py are alone in the folder; ppo_core and the powers have the siblings of "Copy me: needs ..."."""
+    needed = needs_of(module)
+    assert not (needed and module in ALONE), needed
+    for name in (module, *needed):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    runs_alone(tmp_path, f"{module}.py")
+
+
+def test_the_upper_half_of_ppo_core_runs_alone(tmp_path):
+    source = source_of("ppo_core")
+    upper = "\n".join(source.splitlines()[:halves(source) - 1]) + "\n"
+    assert "def gae(" in upper and "class PPOConfig" in upper and "class PPOTrainer" not in upper
+    (tmp_path / "maths.py").write_text(upper + example_of(source), encoding="utf-8")
+    runs_alone(tmp_path, "maths.py")
+
+
+def test_the_head_of_a_module_is_read_right():
+    assert named_needs("Why: x.\nCopy me: needs ppo_core.py and what\nthat needs. Tested by tests/test_speed.py.") == {"ppo_core"}
+    assert named_needs("Copy me: needs torch. ppo_core.py calls it.\n") == set()
+    assert named_needs("Copy me: needs checks.py and the five\nconcept files beside this one.\n") == {"checks", *LEAVES}
+    assert needs_of("speed") == {*CORE, "checks"}
 
 
 @every_module
@@ -166,15 +278,16 @@ def test_importing_a_module_has_no_side_effects(tmp_path):
 @every_module
 def test_the_docstring_has_every_heading(module):
     docstring = ast.get_docstring(tree_of(module))
-    missing = [heading for heading in HEADINGS if not re.search(f"^{heading}\\b", docstring, re.MULTILINE)]
+    headings = HEADINGS if module in CORE else ("Why", "Copy me")
+    missing = [heading for heading in headings if not re.search(f"^{heading}\\b", docstring, re.MULTILINE)]
     assert not missing, missing
 
 
 @every_module
 def test_the_docstring_names_the_modules_own_test_file_which_exists(module):
-    own = f"tests/test_{module}.py"
-    assert own in ast.get_docstring(tree_of(module))
-    assert (ROOT / own).is_file()
+    test_file = f"tests/test_{module}.py"
+    assert test_file in ast.get_docstring(tree_of(module))
+    assert (ROOT / test_file).is_file()
 
 
 # ---------------------------------------------------------------------------------------------- copied helpers

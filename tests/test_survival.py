@@ -19,7 +19,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from distributed import damage
+from checkpoint import damage
 from forge import Forge, make_inputs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -419,7 +419,7 @@ def test_a_save_that_cannot_fit_is_refused_before_it_begins(forge, undisturbed, 
 # ----------------------------------------------------------------------------------- a rank that is dead, stopped or slow
 
 
-PHASES = {"rollout": "(a) rollout", "reward": "(b) score", "update": "(c) rewards to (e) update"}
+PHASES = {"rollout": "(a) rollout", "reward": "(b) score", "update": "(c) rewards, (d) advantages, (e) update"}
 FAULTS = [(kind, phase, rank) for number, kind in enumerate(("kill", "stop", "raise", "slow"))
           for rank, phase in zip((number % 2, 1 - number % 2, number % 2), PHASES)]
 

@@ -14,6 +14,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import run_folder
+import run_inputs
 import train
 from value_head import AutoModelForCausalLMWithValueHead
 
@@ -55,10 +57,10 @@ def test_a_run_leaves_its_settings_and_every_statistic_of_every_step(run):
     assert {f.name for f in dataclasses.fields(train.RunConfig)} <= set(config)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
-    glossary = (ROOT / "README.md").read_text()
+    glossary = (ROOT / "docs" / "metrics.md").read_text()
     for key in rows[0]:
         if key != "step":
-            assert f"`{key}`" in glossary, f"{key} is not in the README's glossary"
+            assert f"`{key}`" in glossary, f"{key} is not in docs/metrics.md"
     assert len(rows[0]["objective/kl_dist"]) == 8 and abs(rows[0]["objective/kl"]) < 1e-4
 
 
@@ -117,6 +119,7 @@ def test_a_reward_function_and_shared_layers_from_the_command_line(tmp_path, cap
     (["--reward_fn", "nothing.py:score"], "'nothing.py', which does not exist"),
     (["--batch_size", "5000", "--mini_batch_size", "5000"], "different prompts but a step takes 5000"),
     (["--model_name", "tests/golden/models/gpt2"], "no usable tokenizer"),
+    (["--model_name", "assets/review-sentiment"], "review-sentiment"),
     (["--reward_model", "assets/review-lm"], "has 0 labels to score with"),
     (["--max_new_tokens", "500"], "max_new_tokens is 500, but the model has 128 positions"),
     (["--num_shared_layers", "9"], "num_shared_layers is 9 but the model has 4 layers"),
@@ -199,7 +202,7 @@ def test_flags_from_the_environment_come_last(tmp_path, monkeypatch):
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
     with ThreadPoolExecutor(max_workers=8) as pool:
-        made = list(pool.map(lambda _: train.first_free(tmp_path / "runs" / "m").name, range(40)))
+        made = list(pool.map(lambda _: run_folder.first_free(tmp_path / "runs" / "m").name, range(40)))
     assert sorted(made) == sorted(f"m-{number}" for number in range(1, 41))
 
 
@@ -207,6 +210,25 @@ def test_a_thread_that_waits_does_not_take_the_processor_from_the_one_that_works
     code = "import os; os.environ.pop('GOMP_SPINCOUNT', None); import train; print(os.environ['GOMP_SPINCOUNT'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=100)
     assert done.stdout == "4000\n", done.stderr
+
+
+def test_the_plan_counts_the_logits_that_the_trainer_holds_at_once_and_says_which_trainer_runs(tmp_path, capsys):
+    config = train.RunConfig(mini_batch_size=16, batch_size=16, max_new_tokens=24)
+    whole, limit = 16 * 24 * 49152, 2 ** 24
+    assert run_inputs.logits_bytes(config, 49152, 0, None) == 16 * whole                # the plain trainer: four tensors
+    assert run_inputs.logits_bytes(config, 49152, 0, limit) == 8 * limit < 8 * whole    # the fast one: two, in chunks
+    assert run_inputs.logits_bytes(config, 49152, 3, limit) == 8 * whole                # under ZeRO-3 in one chunk
+    assert run_inputs.logits_bytes(config, 1000, 2, limit) == 8 * 16 * 24 * 1000        # less than a chunk
+    full = train.RunConfig(mini_batch_size=16, batch_size=16, max_new_tokens=24, kl_penalty="full")
+    assert run_inputs.logits_bytes(full, 49152, 0, limit) == 8 * whole                  # the exact KL needs all of them
+    for flags, words in (([], "trainer    fast: "), (["--plain"], "trainer    plain: ")):
+        train.main([*SMALL, "--output_dir", str(tmp_path / f"run{len(flags)}"), *flags])
+        assert words in capsys.readouterr().out
+    plain, fast = (numbers(tmp_path / name) for name in ("run1", "run0"))
+    for one, other in zip(plain, fast, strict=True):
+        assert one.keys() == other.keys()
+    # Their random draws differ, and so do their responses; before the first update the policy is the reference in both.
+    assert abs(plain[0]["objective/kl"]) < 1e-4 and abs(fast[0]["objective/kl"]) < 1e-4
 
 
 def test_a_row_of_the_feature_table_is_a_run_and_a_failed_row_says_why(tmp_path, monkeypatch):
@@ -386,16 +408,16 @@ def test_prompts_are_dealt_out_once_per_pass_whatever_the_number_of_processes():
         def __init__(self, index, count):
             self.process_index, self.num_processes = index, count
     prompts = list(range(50))
-    one = [train.prompts_of_step(prompts, step, train.RunConfig(batch_size=8), Process(0, 1)) for step in range(1, 13)]
+    one = [run_inputs.prompts_of_step(prompts, step, train.RunConfig(batch_size=8), Process(0, 1)) for step in range(1, 13)]
     first, second = (sum(one[i:i + 6], []) for i in (0, 6))
     assert len(set(first)) == len(set(second)) == 48 and first != second and first != sorted(first)
-    two = [train.prompts_of_step(prompts, step, train.RunConfig(batch_size=4), Process(rank, 2)) for step in (1, 2) for rank in (0, 1)]
+    two = [run_inputs.prompts_of_step(prompts, step, train.RunConfig(batch_size=4), Process(rank, 2)) for step in (1, 2) for rank in (0, 1)]
     assert sum(two, []) == sum(one[:2], [])
-    assert train.prompts_of_step(prompts, 1, train.RunConfig(batch_size=8, seed=1), Process(0, 1)) != one[0]
+    assert run_inputs.prompts_of_step(prompts, 1, train.RunConfig(batch_size=8, seed=1), Process(0, 1)) != one[0]
 
 
 def test_prompts_that_repeat_count_once():
-    prompts = train.load_prompts(train.RunConfig(), AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"), 1,
+    prompts = run_inputs.load_prompts(ROOT / "assets" / "review-prompts.txt", train.RunConfig(), AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"), 1,
                                  AutoConfig.from_pretrained(ROOT / "assets" / "review-lm"))
     texts = [[row["text"] for row in side] for side in prompts]
     assert len(texts[1]) == 200 and not set(texts[0]) & set(texts[1]) and len(set(texts[0])) == len(texts[0]) > 900

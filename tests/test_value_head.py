@@ -4,6 +4,7 @@ Every model is tiny and random. All weights are drawn anew (small_model), becaus
 of 1, and what forgets or swaps those would go unseen.
 """
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, BloomConfig, CodeGenConfig, GPT2Config, GPT2Model, GPTJConfig, GPTNeoConfig,
                           GPTNeoXConfig, LlamaConfig, OPTConfig, T5Config, T5ForConditionalGeneration)
 
@@ -348,15 +349,43 @@ def test_a_value_head_in_a_pytorch_bin_checkpoint_is_loaded(tmp_path):
 
 
 def test_a_plain_language_model_loads_and_its_missing_head_is_said_aloud(tmp_path, caplog):
+    """At level INFO: a language model without a head is the usual start of a run."""
     lm = small_lm()
     lm.save_pretrained(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="value_head"):
+    with caplog.at_level(logging.INFO, logger="value_head"):
         model = AutoModelForCausalLMWithValueHead.from_pretrained(str(tmp_path)).eval()
-    message, = our_messages(caplog)
-    assert f"no value head in {tmp_path}" in message
+    record, = [record for record in caplog.records if record.name == "value_head"]
+    assert f"no value head in {tmp_path}" in record.getMessage() and record.levelno == logging.INFO
     ids, mask = some_ids()
     with torch.no_grad():
         assert torch.equal(outputs(model)[0], lm(ids, attention_mask=mask).logits)
+
+
+def test_a_head_that_was_saved_and_is_missing_is_a_warning_and_half_of_one_is_refused(tmp_path, caplog):
+    small_model().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state.pop("v_head.summary.bias")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the value head of .*get its files again"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    state.pop("v_head.summary.weight")
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with caplog.at_level(logging.WARNING, logger="value_head"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
+    message, = our_messages(caplog)
+    assert f"no value head in {tmp_path}" in message
+
+
+def test_a_language_model_saved_alone_after_its_head_was_saved_expects_no_head(tmp_path, caplog):
+    small_model().save_pretrained(tmp_path / "with_head")
+    loaded = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "with_head")
+    loaded.save_pretrained(tmp_path / "again")
+    loaded.pretrained_model.save_pretrained(tmp_path / "alone")
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("with_head", "again", "alone")]
+    assert [config.get("value_head") for config in configs] == [True, True, None]
+    with caplog.at_level(logging.WARNING, logger="value_head"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path / "alone")
+    assert not our_messages(caplog)
 
 
 def test_from_pretrained_takes_a_string_a_path_and_a_loaded_model(tmp_path):
@@ -505,6 +534,18 @@ def test_a_folder_without_weights_is_an_error_with_a_remedy(tmp_path):
         AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("architectures", ["as saved", None, 7])
+def test_a_classifier_is_refused_as_a_model(architectures, tmp_path):
+    """Its lm_head is tied to the embedding, so no tensor is missing, but it was not trained to write text."""
+    shutil.copytree(ROOT / "assets" / "review-sentiment", tmp_path / "review-sentiment")
+    path = tmp_path / "review-sentiment" / "config.json"
+    if architectures != "as saved":         # the weights tell it, whatever config.json says
+        path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": architectures}))
+    with pytest.raises(ValueError, match="review-sentiment' is a classifier: its weights hold score.weight and 0 trained") as error:
+        AutoModelForCausalLMWithValueHead.from_pretrained(path.parent)
+    assert "\n" not in str(error.value)
+
+
 # ------------------------------------------------------------------------------------------------------ the hub
 
 
@@ -575,12 +616,13 @@ def test_bits_asked_for_in_both_ways_or_without_their_package_are_refused(monkey
 
 
 @pytest.mark.parametrize("processes, expected", [("1", "auto"), ("2", {"": "cpu"})])
-def test_each_of_several_processes_loads_on_its_own_device(processes, expected, monkeypatch):
+def test_each_of_several_processes_loads_on_its_own_device(processes, expected, monkeypatch, caplog):
     seen, load = [], AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: (seen.append(k["device_map"]), load(*a, **k))[1])
     monkeypatch.setenv("WORLD_SIZE", processes)
     AutoModelForCausalLMWithValueHead.from_pretrained(REVIEW_LM, device_map="auto", load_in_8bit=True)
     assert seen == [expected]
+    assert any("device_map='auto' was replaced" in text for text in our_messages(caplog)) == (expected != "auto")
 
 
 # -------------------------------------------------------------------------------------- gradient checkpointing

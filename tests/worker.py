@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
 import optim
 import rewards
+import speed
 from ppo_core import BadNumbers, PPOConfig, PPOTrainer
 from test_ppo_core import GOLDEN, ragged, tiny, tokenizer
 from value_head import AutoModelForCausalLMWithValueHead
@@ -254,7 +255,7 @@ def spoil_forward(trainer, number, output, reference=False, update=None):
 
 def of_sample_1(trainer, rows):
     """(b,): True for the row that is sample 1 of this rank."""
-    tokens = torch.cat([part[1] for part in trainer.in_hand[:2]])
+    tokens = torch.cat([part[1] for part in trainer.checked_batch[:2]])
     width = min(len(tokens), rows["input_ids"].shape[1])
     return (rows["input_ids"][:, :width] == tokens[:width]).all(1) & (rows["attention_mask"].sum(1) == len(tokens))
 
@@ -400,6 +401,7 @@ def disagree(settings, shift):
 
 def memory():
     """The last rank, and it alone, takes half as much again as its highest point so far. -> what it then has, and what all say."""
+    speed.tune_cpu()
     accelerator = distributed.start(cpu=True)
     if accelerator.process_index == accelerator.num_processes - 1:
         torch.ones(distributed.peak_memory(accelerator.device) // 8)        # float32

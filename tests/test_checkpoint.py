@@ -1,0 +1,317 @@
+"""checkpoint.py: a trainer that is saved and loaded goes on bit for bit; what does not fit is refused before anything changes."""
+import copy
+import errno
+import json
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+import checkpoint
+import distributed
+from checkpoint import pack_schedule, pack_state, unpack_schedule
+from optim import make_optimizer, make_schedule, trainable_parameters
+from ppo_core import PPOTrainer
+from test_ppo_core import config, distance, make, ragged, seeded, sgd, tiny, tokenizer, weights     # noqa: F401 (seeded: a fixture)
+from value_head import AutoModelForCausalLMWithValueHead
+
+
+def resumable(optimizer, seed=0):
+    distributed.seed_everything(seed)
+    model = tiny("bloom")
+    made = make_optimizer(optimizer, trainable_parameters(model), 1e-3, adam_learning_rate=1.0)
+    return PPOTrainer(config(adap_kl_ctrl=True, use_score_scaling=True, mini_batch_size=2), model, None, tokenizer(), optimizer=made,
+                      lr_scheduler=make_schedule("cosine", made, 10))
+
+
+def some_steps(trainer, count):
+    """Rollout and step, with scores from Python's generator. -> everything that a run would show."""
+    shown = []
+    for _ in range(count):
+        queries = ragged()[0]
+        responses = trainer.generate(queries, return_prompt=False, max_new_tokens=5)
+        stats = trainer.step(queries, responses, [random.random() for _ in queries])
+        numbers = {k: v for k, v in stats.items() if isinstance(v, float) and not k.startswith("time/")}
+        shown.append(([r.tolist() for r in responses], numbers))
+    return shown
+
+
+def test_a_checkpoint_of_another_way_to_run_is_refused_with_both(tmp_path, monkeypatch):
+    trainer = resumable("sgd")
+    checkpoint.save(trainer, tmp_path / "state")
+    monkeypatch.setattr(distributed, "zero_stage", lambda accelerator: 2)
+    with pytest.raises(ValueError, match=r"saved by 1 processes with ZeRO-0 \(0 = without\) and this run has 1 with ZeRO-2; launch it as"):
+        checkpoint.load(trainer, tmp_path / "state")
+
+
+def test_a_mixture_of_experts_resumes_too(tmp_path):
+    """transformers writes such a model under the hub's older names unless it is told not to; those are not the model's."""
+    def trainer():
+        torch.manual_seed(0)
+        lm = MixtralForCausalLM(MixtralConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                              num_key_value_heads=1, num_local_experts=2, max_position_embeddings=64))
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(lm)
+        return PPOTrainer(config(), model, None, tokenizer(), optimizer=sgd(model))
+    one, twin = trainer(), trainer()
+    some_steps(one, 1)
+    checkpoint.save(one, tmp_path / "state")
+    expected = some_steps(one, 1)
+    checkpoint.load(twin, tmp_path / "state")
+    assert some_steps(twin, 1) == expected and distance(weights(one), weights(twin)) == 0
+
+
+@pytest.mark.parametrize("schedule", [lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]), lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
+                                      lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9), lambda o: make_schedule("linear", o, 9),
+                                      lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.ConstantLR(o, 0.5),
+                                                torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3])])
+def test_a_packed_schedule_goes_on_where_it_was(schedule):
+    traces = []
+    for interrupted in (False, True):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+        scheduler, trace = schedule(optimizer), []
+        for step in range(8):
+            if interrupted and step == 3:
+                packed = json.loads(json.dumps(pack_schedule(scheduler)))
+                state = optimizer.state_dict()
+                optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+                scheduler = schedule(optimizer)
+                optimizer.load_state_dict(state)
+                scheduler.load_state_dict(unpack_schedule(scheduler, packed))
+            trace.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        traces.append(trace)
+    assert traces[0] == traces[1] and len(set(traces[0])) > 1
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "lion", "adam8bit"])
+def test_a_restored_trainer_goes_on_bit_for_bit(optimizer, tmp_path):
+    trainer = resumable(optimizer)
+    some_steps(trainer, 2)
+    checkpoint.save(trainer, tmp_path / "state")
+    expected = some_steps(trainer, 3)
+    twin = resumable(optimizer, seed=1)
+    some_steps(twin, 1)                                         # it stands elsewhere in every respect
+    checkpoint.load(twin, tmp_path / "state")
+    assert some_steps(twin, 3) == expected and distance(weights(twin), weights(trainer)) == 0
+    ours, theirs = pack_state(twin.optimizer.state_dict())[0], pack_state(trainer.optimizer.state_dict())[0]
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("item", ["model", "optimizer", "lr_scheduler", "kl_coef", "score_moments", "steps_done", "python", "numpy", "torch"])
+def test_every_saved_item_is_needed(item, tmp_path):
+    """What is not restored shows: the run that follows is another one. So nothing in a checkpoint is there for show."""
+    trainer = resumable("adam")
+    some_steps(trainer, 2)
+    checkpoint.save(trainer, tmp_path / "state")
+    expected = (some_steps(trainer, 2), trainer.steps_done)
+    twin = resumable("adam", seed=1)
+    some_steps(twin, 1)
+    kept = {"model": weights(twin), "optimizer": copy.deepcopy(twin.optimizer.state_dict()), "kl_coef": twin.kl_ctl.value, "steps_done": 1,
+            "lr_scheduler": copy.deepcopy(twin.lr_scheduler.state_dict()), "score_moments": twin.score_moments.state_dict(),
+            "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}[item]
+    checkpoint.load(twin, tmp_path / "state")
+    {"model": twin.model.load_state_dict, "optimizer": twin.optimizer.load_state_dict, "torch": torch.set_rng_state,
+     "lr_scheduler": twin.lr_scheduler.load_state_dict, "kl_coef": lambda value: setattr(twin.kl_ctl, "value", value),
+     "score_moments": twin.score_moments.load_state_dict, "steps_done": lambda value: setattr(twin, "steps_done", value),
+     "python": random.setstate, "numpy": np.random.set_state}[item](kept)
+    assert (some_steps(twin, 2), twin.steps_done) != expected
+
+
+def test_a_checkpoint_of_another_model_or_optimizer_or_a_damaged_one_is_refused(tmp_path):
+    trainer = resumable("adam")
+    some_steps(trainer, 1)
+    checkpoint.save(trainer, tmp_path / "state")
+    with pytest.raises(ValueError, match="it is of another model"):
+        checkpoint.load(make("gpt2"), tmp_path / "state")
+    model = tiny("bloom")
+    few = torch.optim.Adam(list(model.parameters())[:3])
+    with pytest.raises(ValueError, match=r"groups of \[\d+\] parameters but this one has \[3\]"):
+        checkpoint.load(PPOTrainer(config(), model, None, tokenizer(), optimizer=few), tmp_path / "state")
+    weights_file = tmp_path / "state" / "model" / "model.safetensors"
+    flipped = bytearray(weights_file.read_bytes())
+    flipped[-100] ^= 1
+    weights_file.write_bytes(flipped)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="cannot be loaded: model/model.safetensors is not what was written"):
+        checkpoint.load(trainer, tmp_path / "state")
+    assert distance(weights(trainer), before) == 0
+
+
+# ------------------------------------------------------------------------------------------------- whole folders
+
+
+def filled(folder):
+    with checkpoint.whole_folder(distributed.start(cpu=True), folder) as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "weights").write_bytes(bytes(range(256)) * 100)
+        (partial / "numbers.json").write_text("{}")
+    return folder
+
+
+def test_a_whole_folder_is_whole_has_the_modes_of_the_umask_and_leaves_nothing_beside_it(tmp_path):
+    old = os.umask(0o027)
+    try:
+        folder = filled(tmp_path / "state")
+    finally:
+        os.umask(old)
+    assert checkpoint.damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["state"]
+    assert (folder / "sub" / "weights").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_folder_that_was_not_finished_is_not_there_and_the_next_one_takes_its_place(tmp_path):
+    with pytest.raises(KeyError), checkpoint.whole_folder(distributed.start(cpu=True), tmp_path / "state") as partial:
+        (partial / "left over").write_text("from a run that was killed")
+        raise KeyError
+    assert not (tmp_path / "state").exists()
+    assert checkpoint.damage(filled(tmp_path / "state")) is None and not list(tmp_path.rglob("left over"))
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path):
+    folder = filled(tmp_path / "state")
+    with pytest.raises(ValueError, match="is there already"):
+        filled(folder)
+    assert checkpoint.damage(folder) is None and [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+def flip(path, position=-1):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda f: flip(f / "sub" / "weights", 1234), "sub/weights is not what was written"),
+    (lambda f: (f / "sub" / "weights").write_bytes(b"short"), "has 5 bytes instead of 25600"),
+    (lambda f: (f / "numbers.json").unlink(), "numbers.json is missing"),
+    (lambda f: (f / "foreign").write_text(""), "foreign is not in its manifest"),
+    (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json"),
+    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+    (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_damage_is_found_and_named(harm, words, tmp_path):
+    folder = filled(tmp_path / "state")
+    harm(folder)
+    assert words in checkpoint.damage(folder)
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    folder = filled(tmp_path / "state")
+    for name in ("manifest.json", "numbers.json", "sub/weights"):
+        whole = (folder / name).read_bytes()
+        for position in range(0, len(whole), max(1, len(whole) // 50)):
+            for bit in range(8):
+                flipped = bytearray(whole)
+                flipped[position] ^= 1 << bit
+                (folder / name).write_bytes(flipped)
+                # white space between the manifest's entries means nothing, so it may change unseen
+                same = name == "manifest.json" and same_json(whole, flipped)
+                assert same or checkpoint.damage(folder) is not None, (name, position, bit)
+        (folder / name).write_bytes(whole)
+
+
+def same_json(one, other):
+    try:
+        return json.loads(one) == json.loads(bytes(other))
+    except ValueError:
+        return False
+
+
+def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
+    """The optimizer is another one: the weights, which would have fitted, and every number stay as they were."""
+    trainer = resumable("adam")
+    some_steps(trainer, 1)
+    checkpoint.save(trainer, tmp_path / "state")
+    model = tiny("bloom")
+    other = PPOTrainer(config(), model, None, tokenizer(), optimizer=torch.optim.Adam(list(model.parameters())[:3]))
+    before = weights(other)
+    with pytest.raises(ValueError, match="parameters but this one has"):
+        checkpoint.load(other, tmp_path / "state")
+    assert distance(weights(other), before) == 0 and other.steps_done == 0
+
+
+def test_a_schedule_that_was_not_saved_cannot_be_restored(tmp_path):
+    model = tiny("bloom")
+    optimizer = make_optimizer("sgd", trainable_parameters(model), 1e-3)
+    checkpoint.save(PPOTrainer(config(), model, None, tokenizer(), optimizer=optimizer), tmp_path / "state")
+    with pytest.raises(ValueError, match="saved by a trainer with 0 lr_scheduler and this one has 1"):
+        checkpoint.load(resumable("sgd"), tmp_path / "state")
+
+
+@pytest.mark.parametrize("remove", [lambda place: checkpoint.remove(place / "step-000001"),
+                                    lambda place: checkpoint.remove_old(distributed.start(cpu=True), place, 1),
+                                    lambda place: checkpoint.newest_whole(place)])
+def test_a_folder_that_cannot_be_removed_is_one_sentence_and_nothing_whole_is_lost(remove, tmp_path, monkeypatch):
+    for number in (1, 2):
+        filled(tmp_path / f"step-00000{number}")
+    (tmp_path / "step-000003.partial").mkdir()
+
+    def rmtree(path, **_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    with pytest.raises(ValueError, match=r"step-00000\d.* cannot be removed: .*Input/output error.*; remove it by hand, and resume the run"):
+        remove(tmp_path)
+    assert checkpoint.damage(tmp_path / "step-000002") is None
+
+
+SLOW = """
+import hashlib, sys, time
+from pathlib import Path
+import checkpoint, distributed
+accelerator = distributed.start(cpu=True, timeout=3)
+original = checkpoint.sha256
+def sha256(path):                   # 7 s for a file of 14 parts
+    work = original(path)
+    while True:
+        try:
+            yield next(work)
+        except StopIteration as ended:
+            return ended.value
+        time.sleep(0.5)
+checkpoint.sha256 = sha256
+place = Path(sys.argv[1])
+with checkpoint.whole_folder(accelerator, place / "step-000001") as partial:
+    if accelerator.is_main_process:
+        (partial / "weights").write_bytes(bytes(14 << 20))
+newest = checkpoint.newest_whole(place, accelerator=accelerator)
+assert newest == str(place / "step-000001"), newest
+distributed.end(accelerator)
+"""
+
+
+def test_processes_wait_for_a_large_checkpoint_longer_than_for_a_sum(tmp_path):
+    """Its sums take 7 s, twice, and no process waits for another for more than 3 s."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    machine = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+               "PYTHONPATH": str(Path(checkpoint.__file__).parent)}
+    ranks = [subprocess.Popen([sys.executable, "-c", SLOW, tmp_path], env={**machine, "RANK": rank, "LOCAL_RANK": rank}, text=True,
+                              stderr=subprocess.PIPE) for rank in "01"]
+    try:
+        said = [process.communicate(timeout=100)[1] for process in ranks]
+        assert [process.returncode for process in ranks] == [0, 0], said
+    finally:
+        for process in ranks:
+            process.kill()
+
+
+def test_the_files_of_a_checkpoint_are_those_of_the_version_before(tmp_path):
+    """That version wrote trainer.json by hand, in another order of its entries; its files and their names are the same."""
+    trainer = resumable("adam")
+    some_steps(trainer, 1)
+    checkpoint.save(trainer, tmp_path / "state")
+    state = json.loads((tmp_path / "state" / "trainer.json").read_text())
+    assert set(state) == {"steps_done", "kl_coef", "score_moments", "lr_scheduler", "scaler", "zero_stage", "processes", "optimizer"}
+    assert set(state["optimizer"]) == {"numbers", "param_groups"}
+    drawn = json.loads((tmp_path / "state" / "random-0.json").read_text())
+    assert set(drawn) == {"python", "numpy", "torch"} and len(drawn["numpy"][1]) == 624 and bytes.fromhex(drawn["torch"])
+    names = {str(path.relative_to(tmp_path / "state")) for path in (tmp_path / "state").rglob("*") if path.is_file()}
+    assert {"manifest.json", "trainer.json", "random-0.json", "optimizer.safetensors", "model/model.safetensors"} <= names
