@@ -62,6 +62,9 @@ def jobs(processes, folder, way):
              {"name": "eight_bits", "do": "eight_bits", "settings": {**PLAIN, "batch_size": size}},
              {"name": "bf16", "do": "train", "settings": {**PLAIN, "batch_size": size}, **BF16},
              {"name": "bf16_checkpointed", "do": "train", "settings": {**PLAIN, "batch_size": size, "gradient_checkpointing": True}, **BF16}]
+    todo += [{"name": f"fast_{name}", "do": "train", "optimizer": name, "settings": {**FULL, "batch_size": size, "fast": True}}
+             for name in ("sgd", "adam")]
+    todo += [{"name": "fast_shared", "do": "train", "steps": 1, "shared": 2, "settings": {**PLAIN, "batch_size": size, "fast": True}}]
     if way in OFFLOAD:
         return todo
     todo += [{"name": name, "do": "disagree", "shift": shift, "settings": {**PLAIN, "batch_size": size, **more}}
@@ -184,6 +187,13 @@ def test_offload_changes_nothing(runs, way, job):
 @every_way_and_offload
 def test_adam_too_trains_as_in_one_process(runs, way):
     assert distance(*(without_key_biases(runs(each, "adam")[0][1]) for each in (way, "one"))) < 1e-4
+
+
+@pytest.mark.parametrize("way", ["one", *WAYS])
+def test_the_fast_trainer_trains_as_the_plain_one_in_every_way(runs, way):
+    for name in ("sgd", "shared"):
+        assert distance(runs(way, f"fast_{name}")[0][1], runs(way, name)[0][1]) < 1e-5, name
+    assert distance(*(without_key_biases(runs(way, name)[0][1]) for name in ("fast_adam", "adam"))) < 1e-4
 
 
 def test_accumulation_in_one_process_is_the_large_batch(runs):

@@ -42,7 +42,9 @@ def make(settings, optimizer="sgd", shared=None, dataset=None, reference=lambda 
     model = tiny()
     optimizer = optim.make_optimizer(optimizer, list(model.parameters()), RATES[optimizer])
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    trainer = PPOTrainer(PPOConfig(**settings), model, reference(accelerator), tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
+    settings = dict(settings)
+    kind = speed.FastPPOTrainer if settings.pop("fast", False) else PPOTrainer
+    trainer = kind(PPOConfig(**settings), model, reference(accelerator), tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
                          num_shared_layers=shared, accelerator=accelerator, dataset=dataset, data_collator=list)
     np.random.seed(accelerator.process_index)                   # each rank shuffles its own share
     if distributed.zero_stage(accelerator) == 3:
