@@ -101,7 +101,7 @@ def load(trainer, folder, check=True):
         problem = damage(folder) if check else None
         if problem is not None:
             raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
-        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        state = read_state(folder)
         if state["zero_stage"] != stage or (stage > 0 and state["processes"] != processes):
             raise ValueError(
                 f"{folder} was saved by {state['processes']} processes with ZeRO-{state['zero_stage']} (0 = "
@@ -132,6 +132,17 @@ def load(trainer, folder, check=True):
             raise ValueError(f"{folder} cannot be loaded: DeepSpeed finds 0 files in {folder / 'zero'}; use "
                              "an older checkpoint")
     trainer.load_state_dict(state)      # only now that all of it fits: a model loaded in part is of no use
+
+
+def read_state(folder):
+    """-> what `save` wrote into trainer.json. ValueError names an entry that is missing."""
+    state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    for name in ("steps_done", "kl_coef", "score_moments", "lr_scheduler", "scaler", "zero_stage",
+                 "processes"):
+        if name not in state:
+            raise ValueError(f"{folder} cannot be loaded: its trainer.json has no {name}; use an older "
+                             "checkpoint")
+    return state
 
 
 def match_weights(model, weights):

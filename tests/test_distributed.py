@@ -480,7 +480,7 @@ def test_an_exception_while_the_model_is_saved_leaves_a_run_that_can_be_resumed(
              "        (here / 'failed').write_text(str(time.time()))\n")
     output, seconds = fails("deepspeed_zero2", tmp_path, block)
     assert seconds < 15
-    assert "rank 0 of 2 fails in final/: NotADirectoryError: " in output and not (tmp_path / "run" / "summary.json").exists()
+    assert re.search("rank 0 of 2 fails in final/: ValueError: .*Not a directory", output) and not (tmp_path / "run" / "summary.json").exists()
     (tmp_path / "run" / "final").unlink()
     assert "resuming after step 3" in goes_on(tmp_path, "deepspeed_zero2")
 
