@@ -436,6 +436,8 @@ def remove(folder):
     name."""
     folder = Path(folder)
     try:
+        if not folder.is_dir():         # a file of that name is somebody's, and stays as it is
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         partial = folder if folder.suffix == ".partial" else folder.rename(folder.with_suffix(".partial"))
         shutil.rmtree(partial)
     except OSError as error:
