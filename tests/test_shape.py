@@ -6,7 +6,9 @@ the commit. `pytest -s tests/test_shape.py` prints the counts. Every check is al
 """
 import ast
 import io
+import os
 import re
+import subprocess
 import sys
 import tokenize
 from pathlib import Path
@@ -227,6 +229,14 @@ def lines_spanned(functions):
 
 
 def test_one_ppo_step_of_the_plain_trainer_is_little_code():
+    """In a process of its own: where another test has called speed.tune_cpu, its functions would be entered, too."""
+    done = subprocess.run([sys.executable, __file__], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=200)
+    print(done.stdout)
+    assert done.returncode == 0 and "one generate() and step() enter" in done.stdout, done.stdout + done.stderr
+
+
+def count_one_ppo_step():
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -295,3 +305,7 @@ def test_the_tracer_counts_each_function_once_and_its_lines_once(tmp_path):
     functions = entered_by(names["call"], root=tmp_path)
     assert sorted(functions.values()) == ["call", "helper", "inner", "outer"]
     assert lines_spanned(functions) == 4 + 3 + 3       # inner lies within outer; helper with its decorator
+
+
+if __name__ == "__main__":
+    count_one_ppo_step()
