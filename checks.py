@@ -43,7 +43,7 @@ def describe(items):
 
 
 def check_inputs(config, model, ref_model, tokenizer, num_shared_layers, optimizer, lr_scheduler):
-    """The arguments of PPOTrainer, in the order in which they are given. config_class: PPOConfig."""
+    """The arguments of PPOTrainer, in the order in which they are given."""
     if not hasattr(config, "ppo_epochs"):
         raise ValueError(f"config is a {type(config).__name__}; give a PPOConfig")
     for name, network in (("model", model), ("ref_model", ref_model)):
@@ -66,6 +66,9 @@ def check_inputs(config, model, ref_model, tokenizer, num_shared_layers, optimiz
                          "num_shared_layers)")
     if optimizer is not None:
         check_optimizer(optimizer, lr_scheduler, model)
+    elif lr_scheduler is not None:
+        raise ValueError("an lr_scheduler is given but 0 optimizers; pass the optimizer that it was built "
+                         "over")
 
 
 def check_optimizer(optimizer, lr_scheduler, model):
@@ -198,7 +201,7 @@ def check_numbers(trainer, batch):
 
 def refuse_batch(trainer, stage, rows):
     """rows: (B, 1) or (B, R) with a number that is not finite; None on a process whose numbers all are."""
-    check_weights(trainer)          # a weight that is not finite would show in every log-prob and value
+    check_weights(trainer)          # first: what follows from a weight that is not finite is not either
     with trainer.together(BadNumbers):
         if stage is not None:
             sample = int((~rows.isfinite()).any(1).nonzero()[0])

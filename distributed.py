@@ -382,7 +382,7 @@ def first_not_finite(model):
     """-> name of the first weight with NaN or infinity in the part that this process holds; None if all are
     finite."""
     parts = {}
-    for name, parameter in getattr(model, "module", model).named_parameters():
+    for name, parameter in unwrap(model).named_parameters():
         parts[name] = parameter.detach()
         if hasattr(parameter, "ds_tensor"):
             # ZeRO-3: a share, without the padding of the last share, which DeepSpeed never writes and which

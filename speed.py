@@ -395,7 +395,7 @@ class Rollout:
         ended = torch.isin(drawn, stop) & (self.lengths[self.rows] == new_tokens)
         self.lengths[self.rows[ended]] = t + 1
         finished = self.lengths[self.rows] < new_tokens                                             # (b,)
-        # an even number of rows stays: with those that go on a few that have ended
+        # As many rows stay as even_size says: those that go on, and a few that have ended.
         stay = finished.long().argsort(stable=True)[:even_size(int((~finished).sum()))]
         if len(stay) <= 0.75 * len(self.rows) and not finished.all():
             self.rows, drawn, self.attention_mask = self.rows[stay], drawn[stay], self.attention_mask[stay]

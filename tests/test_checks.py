@@ -74,6 +74,12 @@ def test_a_schedule_that_needs_a_metric_is_refused():
                    lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
 
 
+def test_a_schedule_without_its_optimizer_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="an lr_scheduler is given but 0 optimizers"):
+        PPOTrainer(config(), model, None, tokenizer(), lr_scheduler=torch.optim.lr_scheduler.ConstantLR(sgd(model)))
+
+
 def test_a_quantized_policy_is_refused():
     with pytest.raises(ValueError, match="0 of its quantized weights can be trained"):
         PPOTrainer(config(), review_lm(8), None, tokenizer())

@@ -258,7 +258,7 @@ def test_an_unknown_schedule_names_the_choices_and_a_bad_warm_up_both_numbers():
             make_schedule("linear", optimizer, 10, warmup_steps)
 
 
-# ---- moves to test_checkpoint.py
+# ----------------------------------------------------------------------------------------------- restored state
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

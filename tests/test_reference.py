@@ -284,7 +284,7 @@ def test_find_layers_gives_the_name_and_the_blocks():
     assert layers is policy.pretrained_model.model.decoder.layers and len(layers) == LAYERS
 
 
-# ---- moves to test_speed.py
+# ------------------------------------------------------------------------- the trunk, computed once: speed.py
 from speed import SharedTrunk      # noqa: E402
 
 

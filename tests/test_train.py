@@ -119,7 +119,7 @@ def test_a_reward_function_and_shared_layers_from_the_command_line(tmp_path, cap
     (["--reward_fn", "nothing.py:score"], "'nothing.py', which does not exist"),
     (["--batch_size", "5000", "--mini_batch_size", "5000"], "different prompts but a step takes 5000"),
     (["--model_name", "tests/golden/models/gpt2"], "no usable tokenizer"),
-    (["--model_name", "assets/review-sentiment"], "review-sentiment"),
+    (["--model_name", "assets/review-sentiment"], "is a classifier: its weights hold"),
     (["--reward_model", "assets/review-lm"], "has 0 labels to score with"),
     (["--max_new_tokens", "500"], "max_new_tokens is 500, but the model has 128 positions"),
     (["--num_shared_layers", "9"], "num_shared_layers is 9 but the model has 4 layers"),
