@@ -43,8 +43,7 @@ def knob(default, help):
 
 @dataclass
 class PPOConfig:
-    """Settings of PPOTrainer; TRL 0.11.4's names and defaults. Sizes are per process. ValueError on what
-    cannot work."""
+    """Settings of PPOTrainer, with TRL 0.11.4's names and defaults. ValueError: a value that cannot work."""
 
     # ---- the run
     model_name: str = knob("gpt2", "language model to train: a folder or a hub id")
@@ -126,8 +125,7 @@ class PPOConfig:
 
 
 # -------------------------------------------------------------------------------------------------- the maths
-# Pure functions. `reduce` sums a tensor over all processes; the default is one process. A mask is 1 for a
-# token that counts.
+# Pure functions. A mask is 1 for a token that counts. `reduce` sums a tensor over all processes.
 
 
 def one_process(tensor):
@@ -135,25 +133,20 @@ def one_process(tensor):
 
 
 def masked_mean(values, mask, reduce=one_process):
-    """Mean of values (B, R) over the tokens of all processes where mask (B, R) is 1; 0 if there is none. ->
-    ()"""
+    """Mean of values (B, R) where mask (B, R) is 1, over all processes; 0 if there is no such token. -> ()"""
     total, count = reduce(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
     return total / count.clamp(min=1)
 
 
 def masked_var(values, mask, reduce=one_process):
-    """Sample variance (n - 1) of values (B, R) over the tokens of all processes; 0 for fewer than two. -> ()
-    """
+    """Sample variance (n - 1) of values (B, R) where mask is 1, over all processes; 0 if n < 2. -> ()"""
     centered = values - masked_mean(values, mask, reduce)
     total, count = reduce(torch.stack([(centered.square() * mask).sum(), mask.sum().to(values.dtype)]))
     return total / (count - 1).clamp(min=1)
 
 
 def masked_whiten(values, mask, shift_mean=True, reduce=one_process):
-    """(B, R) -> (B, R) with variance 1, and mean 0 if shift_mean, over the tokens of all processes.
-
-    On each process alone it would be another normalisation than that of the large batch.
-    """
+    """(B, R) -> (B, R) with variance 1, and mean 0 if shift_mean, over the tokens of all processes."""
     mean, var = masked_mean(values, mask, reduce), masked_var(values, mask, reduce)
     whitened = (values - mean) * torch.rsqrt(var + 1e-8)
     return whitened if shift_mean else whitened + mean
@@ -167,8 +160,7 @@ def logprobs_from_logits(logits, labels):
 def entropy_from_logits(logits):
     """Entropy of each token's distribution, in nats: (B, R, V) -> (B, R)."""
     logp = logits.log_softmax(-1)
-    # A token that the model rules out has a logit of -inf and adds 0. Without the clamp it would be 0 * -inf,
-    # which is NaN.
+    # A token that the model rules out has log-prob -inf and adds 0. Without the clamp 0 * -inf would be NaN.
     return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
 
 
@@ -202,8 +194,7 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange):
 
 
 def value_loss(new_values, values, returns, cliprange_value):
-    """Half the squared error, with the new value kept within +- cliprange_value of the old one (as OpenAI's
-    baselines).
+    """Half the squared error, the new value clipped to the old one +- cliprange_value (OpenAI's baselines).
 
     All (B, R) -> loss (B, R), clipped (B, R): 1 where the clipped error was the larger.
     """
@@ -214,12 +205,11 @@ def value_loss(new_values, values, returns, cliprange_value):
 
 
 def collate(queries, responses, response_masks, pad_token_id):
-    """Lists of B tensors (Q_i,), (R_i,) -> dict of tensors padded on the right, as drawn at the top of this
-    file.
+    """Lists of B tensors (Q_i,), (R_i,) -> dict of tensors, padded on the right as drawn at the top.
 
-    input_ids, attention_mask (B, T); positions (B, R): the column that scores each response token; labels (B,
-    R): these tokens; mask (B, R); response_lengths and lengths of query + response, (B,). response_masks:
-    None or a list of (R_i,) that leave tokens out.
+    input_ids, attention_mask (B, T); labels (B, R): the response tokens; positions (B, R): the column that
+    scores each of them; mask (B, R); response_lengths (B,); lengths (B,) of query + response.
+    response_masks: None, or a list of (R_i,) with 0 where a token does not count.
     """
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     input_ids = pad([torch.cat([q, r]) for q, r in zip(queries, responses)], padding_value=pad_token_id)
@@ -240,15 +230,13 @@ def collate(queries, responses, response_masks, pad_token_id):
 
 
 def disable_dropout(model):
-    """Set every dropout rate in `model` to 0, in place; its config, and so what is saved, keeps the old
-    rates.
+    """Set every dropout rate in `model` to 0: with dropout, rollout, update and reference would differ.
 
-    With dropout, rollout, update and reference would be different networks.
+    The model's config keeps the rates, and so does what is saved.
     """
     for module in model.modules():
         for name, value in vars(module).items():
-            # nn.Dropout's `p`, and the plain numbers that attention functions read: attention_dropout,
-            # layerdrop, ...
+            # nn.Dropout's `p`, and plain numbers that attention functions read, such as attention_dropout
             rate = "drop" in name or (name == "p" and isinstance(module, torch.nn.Dropout))
             if rate and isinstance(value, float):
                 setattr(module, name, 0.0)
@@ -266,8 +254,7 @@ class LengthSampler:
         return int(np.random.choice(self.values))
 
 
-# Settings of `generate` that leave the sampled distribution alone; and others, with the values at which they
-# do so too.
+# Settings of `generate` that never change the sampled distribution; and others, with the values that do not.
 HARMLESS = {"max_new_tokens", "max_length", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache"}
 NEUTRAL = {"do_sample": (True,), "top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None),
            "typical_p": (1.0, None), "repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None),
@@ -286,14 +273,14 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
     A setting that changes the distribution is a ValueError: tokens would be drawn from one distribution and
     scored under another, and the policy would be paid for the difference, which shows as a negative KL.
     """
-    arguments = {name: values[0] for name, values in NEUTRAL.items() if values[0] is not None}
-    arguments.update(temperature=temperature, num_return_sequences=1)
+    neutral = {"temperature": (temperature,), **NEUTRAL}
+    arguments = {name: values[0] for name, values in neutral.items() if values[0] is not None}
     for name, value in overrides.items():
-        neutral = value in NEUTRAL.get(name, ()) or (name, value) == ("temperature", temperature)
-        if name in HARMLESS or (allow_other_distribution and not neutral):
+        changes = value not in neutral.get(name, ())
+        if name in HARMLESS or (changes and allow_other_distribution):
             arguments[name] = value
-        elif not neutral:
-            expected = temperature if name == "temperature" else NEUTRAL.get(name, ("nothing",))[0]
+        elif changes:
+            expected = neutral.get(name, ("nothing",))[0]
             where = "; set it in PPOConfig" if name == "temperature" else ""
             raise ValueError(f"generate(..., {name}={value!r}) would sample from another distribution than "
                              f"the one PPO trains ({name}={expected!r}){where}; leave it out, or say "
@@ -322,7 +309,7 @@ TERMS = (
 )
 
 # ------------------------------------------------ the trainer: from here on this file needs its neighbours
-from accelerate.utils import gather_object             # noqa: E402
+from transformers import GenerationConfig               # noqa: E402
 
 import checks                                           # noqa: E402
 import distributed                                      # noqa: E402
@@ -338,8 +325,7 @@ class PPOTrainer:
     config: PPOConfig. model: AutoModelForCausalLMWithValueHead. ref_model: the same class, or None for a
     frozen copy that shares `num_shared_layers` layers. tokenizer: of the model. dataset: gives `.dataloader`,
     shuffled, in batches of batch_size through data_collator. optimizer: default Adam over the trainable
-    parameters. lr_scheduler: stepped once per step(). accelerator: from distributed.start; default: a new
-    one.
+    parameters. lr_scheduler: stepped once per step(). accelerator: default: from distributed.start().
     """
 
     def __init__(self, config=None, model=None, ref_model=None, tokenizer=None, dataset=None, optimizer=None,
@@ -367,8 +353,7 @@ class PPOTrainer:
             self.accelerator.init_trackers(config.tracker_project_name, settings, trackers)
 
     def prepare(self, model, ref_model, optimizer, num_shared_layers):
-        """Sets self.model, self.ref_model and self.optimizer: on their device, without dropout, wrapped for
-        this run."""
+        """Set self.model, ref_model and optimizer: on their device, without dropout, wrapped for this run."""
         config = self.config
         if ref_model is None:
             with distributed.whole_weights(model):
@@ -376,7 +361,7 @@ class PPOTrainer:
         disable_dropout(model)
         disable_dropout(ref_model)
         if config.gradient_checkpointing:
-            # Non-reentrant: it also works when the first layers are frozen and their inputs need no gradient.
+            # Non-reentrant: it also works where the first layers are frozen and no input needs a gradient.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if optimizer is None:
             optimizer = optim.make_optimizer("adam", optim.trainable_parameters(model), config.learning_rate)
@@ -390,8 +375,7 @@ class PPOTrainer:
         self.first_bad_weight = functools.partial(distributed.first_not_finite, self.model)
 
     def make_dataloader(self, dataset, data_collator):
-        """-> shuffled batches of batch_size rows for each process; rows that do not fill a last batch are
-        left out."""
+        """-> shuffled batches of batch_size rows for this process; rows that fill no batch are left out."""
         needed = self.config.batch_size * self.accelerator.num_processes
         if len(dataset) < needed:
             raise ValueError(f"the dataset has {len(dataset)} rows but a step takes {needed} (batch_size x "
@@ -408,10 +392,10 @@ class PPOTrainer:
         """Sample a response to each query: pure sampling at config.temperature, as sampling_arguments says.
 
         query_tensor: (Q,) -> (1, Q + R); or a list of (Q_i,) -> a list of (Q_i + R_i,), each cut after its
-        first EOS. length_sampler: callable that gives max_new_tokens, per batch. batch_size: queries at once.
-        return_prompt=False leaves the prompt out. generate_ref_response=True: -> (responses, responses of the
-        reference). ValueError: a setting that would change the distribution, or more tokens than the model
-        has positions; BadNumbers, on this process alone: logits that are not finite.
+        first EOS. batch_size: queries at once. length_sampler: callable that gives max_new_tokens of a batch.
+        return_prompt=False leaves the prompt out. generate_ref_response: -> (responses, the reference's).
+        ValueError: a setting that would change the distribution, or more tokens than the model has positions;
+        BadNumbers, on this process alone: logits that are not finite.
         """
         single = torch.is_tensor(query_tensor)
         queries = [query_tensor] if single else query_tensor
@@ -435,7 +419,6 @@ class PPOTrainer:
 
     def generate_batch(self, language_model, queries, arguments):
         """One left-padded batch. queries: list of (Q_i,) -> list of responses (R_i,), with their EOS."""
-        from transformers import GenerationConfig
         arguments = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id,
                      **arguments}
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
@@ -452,7 +435,7 @@ class PPOTrainer:
             inner.generation_config = shipped
         responses = tokens[:, input_ids.shape[1]:]                                                    # (B, R)
         ended = torch.isin(responses, torch.as_tensor(arguments["eos_token_id"], device=device)).long()
-        lengths = (ended.cumsum(1) - ended == 0).sum(1)    # up to and including the first EOS of the response
+        lengths = (ended.cumsum(1) - ended == 0).sum(1)         # with the first EOS, where there is one
         return [row[:n] for row, n in zip(responses, lengths.tolist())]
 
     # ---------------------------------------------------------------------------------------------- step
@@ -517,11 +500,9 @@ class PPOTrainer:
             yield part, {name: tensor[part] for name, tensor in batch.items()}
 
     def forward(self, model, rows, keep_logits=False):
-        """-> logprobs, values, entropy, each (b, R), at config.temperature and 0 outside the mask. rows: from
-        mini_batches.
+        """A mini-batch -> logprobs, values, entropy, each (b, R), at config.temperature, 0 outside the mask.
 
-        keep_logits: in place of the entropy the logits (b, R, V), for the exact KL, which needs those of two
-        models.
+        keep_logits: logits (b, R, V) in place of the entropy. The exact KL needs those of both models.
         """
         with self.accelerator.autocast():   # the reference too: in another precision it is another model
             logits, _, values = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"],
@@ -535,9 +516,8 @@ class PPOTrainer:
     def record(self, batch):
         """-> logprobs, values, ref_logprobs, kl, each (B, R) and 0 outside the mask."""
         full = self.config.kl_penalty == "full"
+        all_rows, columns = torch.arange(len(batch["mask"]), device=batch["mask"].device), []        # (B,)
         self.model.eval()
-        columns = []
-        all_rows = torch.arange(len(batch["mask"]), device=batch["mask"].device)                     # (B,)
         for _, rows in self.mini_batches(batch, all_rows):
             logprobs, values, logits = self.forward(self.model, rows, keep_logits=full)
             ref_logprobs, _, ref_logits = self.forward(self.ref_model, rows, keep_logits=full)
@@ -573,34 +553,30 @@ class PPOTrainer:
         return optimizer_steps, torch.cat(ratios)
 
     def optimizer_step(self, batch, index, first):
-        """One optimizer step on the rows `index`, in mini-batches.
+        """One optimizer step on the rows `index` (n,), in mini-batches.
 
-        -> dict of sums over the tokens of all processes, by TERMS, with "tokens", "skipped" and "grad_norm";
-        and the ratios (tokens,) of this process.
+        -> {term: sum over the tokens of all processes}, with "tokens", "skipped" and "grad_norm"; and the
+        ratios (tokens,) of this process.
         """
         # The loss is a mean over the tokens of the whole optimizer step and of all processes. A mean of the
-        # mini-batches' means would weigh a token in a short mini-batch more: with ragged responses that
-        # update was off by 25 %.
+        # mini-batches' means would count tokens of short ones more: ragged responses moved weights 25 % off.
+        config, collected = self.config, []
         tokens = float(self.reduce(batch["mask"][index].sum().float()))
-        terms, ratios, order, count = [], [], [], -(-len(index) // self.config.mini_batch_size)
+        count = -(-len(index) // config.mini_batch_size)
         for number, (part, rows) in enumerate(self.mini_batches(batch, index), start=1):
-            last = number == count
-            with distributed.accumulate(self.accelerator, self.model, last) as backward:
-                loss, sample_terms, ratio = self.minibatch_loss(rows, first)
+            with distributed.accumulate(self.accelerator, self.model, last=number == count) as backward:
+                loss, terms, ratio = self.minibatch_loss(rows, first)
                 # times the processes, because gradients are averaged over them and `tokens` counts all
                 backward(loss / max(1.0, tokens) * self.accelerator.num_processes)
-            terms.append(sample_terms)
-            ratios.append(ratio)
-            order.append(part)
+            collected.append((terms, ratio, part))
+        terms, ratios, order = zip(*collected)
         terms = torch.cat(terms, 1)                                                               # (TERMS, n)
         sums = dict(zip(TERMS, self.reduce(terms.sum(1)).tolist()))
         checks.check_update(self, sums, terms, torch.cat(order))
-        # By sums over all processes: all of them skip this step, or none does.
-        skip = tokens == 0 or not sums["policy/ratio_mean"] / tokens <= self.config.ratio_threshold
         norm = None
-        if not skip:
-            limit = self.config.max_grad_norm
-            norm = distributed.take_step(self.accelerator, self.model, self.optimizer, limit)
+        # By sums over all processes: all of them take this step, or none does.
+        if tokens > 0 and sums["policy/ratio_mean"] / tokens <= config.ratio_threshold:
+            norm = distributed.take_step(self.accelerator, self.model, self.optimizer, config.max_grad_norm)
         checks.check_gradients(self, norm, index)
         taken = norm is not None and np.isfinite(norm)
         if not taken:
@@ -613,7 +589,7 @@ class PPOTrainer:
         distributed.drop_step(self.accelerator, self.model, self.optimizer)
 
     def minibatch_loss(self, rows, first):
-        """-> loss (), summed over tokens; the TERMS summed per sample, (TERMS, b); ratios (tokens,).
+        """-> loss () summed over tokens, TERMS summed per sample (TERMS, b), ratios (tokens,).
 
         first: no weight has moved since the rollout, so the ratio must be 1.
         """
@@ -660,21 +636,20 @@ class PPOTrainer:
         mask, kl = batch["mask"], batch["kl"].sum(1)                                           # (B, R), (B,)
         response_lengths = batch["response_lengths"].float()
         query_lengths = batch["lengths"] - response_lengths                                    # (B,)
-        per_response = {"objective/kl": kl, "objective/entropy": -batch["logprobs"].sum(1),
-                        "ppo/mean_scores": scores,
-                        "ppo/mean_raw_scores": raw_scores, "tokens/queries_len_mean": query_lengths,
-                        "tokens/responses_len_mean": response_lengths}
-        spread = {"ppo/std_scores": scores, "ppo/std_raw_scores": raw_scores,
-                  "tokens/queries_len_std": query_lengths, "tokens/responses_len_std": response_lengths}
+        means = {"objective/kl": kl, "objective/entropy": -batch["logprobs"].sum(1),
+                 "ppo/mean_scores": scores, "ppo/mean_raw_scores": raw_scores,
+                 "tokens/queries_len_mean": query_lengths, "tokens/responses_len_mean": response_lengths}
+        stds = {"ppo/std_scores": scores, "ppo/std_raw_scores": raw_scores,
+                "tokens/queries_len_std": query_lengths, "tokens/responses_len_std": response_lengths}
         ones = torch.ones_like(scores)
-        stats = {name: float(masked_mean(value, ones, self.reduce)) for name, value in per_response.items()}
-        for name, value in spread.items():
+        stats = {name: float(masked_mean(value, ones, self.reduce)) for name, value in means.items()}
+        for name, value in stds.items():
             stats[name] = float(masked_var(value, ones, self.reduce).sqrt())
         stats["objective/kl_coef"] = self.kl_ctl.value
         stats["ppo/mean_non_score_reward"] = float(masked_mean(batch["non_score_reward"], mask, self.reduce))
         for name, value in (("objective/kl_dist", kl), ("tokens/queries_dist", query_lengths),
                             ("tokens/responses_dist", response_lengths)):
-            stats[name] = torch.tensor(gather_object(value.tolist()))
+            stats[name] = self.accelerator.gather(value).cpu()                 # (B x processes,)
         stats["objective/logprobs"] = batch["logprobs"].cpu()
         stats["objective/ref_logprobs"] = batch["ref_logprobs"].cpu()
         stats["ppo/policy/advantages"] = batch["advantages"][mask.bool()].cpu()
@@ -693,12 +668,12 @@ class PPOTrainer:
         """
         if self.config.log_with is None:
             return
-        rewards = gather_object([float(r) for r in rewards])
+        rewards = distributed.gather_lists(self.accelerator, [float(r) for r in rewards])
         logs = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
         logs["env/reward_mean"], logs["env/reward_std"] = float(np.mean(rewards)), float(np.std(rewards))
         if self.config.log_with == "wandb":
             import wandb
-            columns = [gather_object(list(batch[name])) for name in columns_to_log]
+            columns = [distributed.gather_lists(self.accelerator, batch[name]) for name in columns_to_log]
             rows = list(zip(*columns, rewards))
             logs["game_log"] = wandb.Table(columns=[*columns_to_log, "reward"], data=rows)
         self.accelerator.log(logs, step=self.steps_done)
@@ -706,12 +681,10 @@ class PPOTrainer:
     # ------------------------------------------------------------------------------------------ saving
 
     def save_pretrained(self, folder, **kwargs):
-        """The policy with its value head and the tokenizer, loadable by from_pretrained. Written by the main
-        process.
+        """Write the policy, its value head and the tokenizer, for from_pretrained; on all processes.
 
         kwargs go to transformers' save_pretrained, `max_shard_size` for one.
         """
-        # On all processes: under ZeRO-3 each holds a share. None goes on before the files are written.
         weights = distributed.full_state_dict(self.accelerator, self.model)
         with distributed.writes(self.accelerator):
             if self.accelerator.is_main_process:
@@ -723,8 +696,7 @@ class PPOTrainer:
                 self.tokenizer.save_pretrained(folder)
 
     def state_dict(self):
-        """All that the next step depends on. Under ZeRO without weights and optimizer: DeepSpeed saves them.
-        """
+        """All that the next step depends on; under ZeRO DeepSpeed itself saves weights and optimizer."""
         scaler = self.accelerator.scaler        # fp16's
         state = {"steps_done": self.steps_done, "kl_coef": self.kl_ctl.value,
                  "score_moments": self.score_moments.state_dict(),
