@@ -286,7 +286,7 @@ def damage(folder):
 
 
 def inspect(folder):
-    """`damage` as a generator, for `on_main_process`."""
+    """`damage`, as a generator for `on_main_process`."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, so it was never finished"
@@ -317,7 +317,7 @@ def folders(place):
 
 
 def newest_whole(place, say=print, accelerator=None):
-    """-> the newest checkpoint without damage, as text, or None. A damaged one is said, and renamed to
+    """-> the newest checkpoint without damage, as text, or None. A damaged one is reported, and renamed to
     .damaged, so that its step can be saved again. accelerator: all processes call it; the main one works."""
     def search():
         for partial in Path(place).glob("*.partial"):       # left by a save or a removal that was cut short
@@ -345,7 +345,7 @@ def remove_old(accelerator, place, keep):
 
 
 def remove(folder):
-    """Remove a folder. It is renamed first, so that a removal that is cut short leaves no half of it."""
+    """Remove a folder. It is renamed first, so that a removal that is cut short leaves no half checkpoint."""
     folder = Path(folder)
     try:
         if not folder.is_dir():         # a file of this name is not plainppo's, and stays as it is
@@ -353,8 +353,8 @@ def remove(folder):
         partial = folder if folder.suffix == ".partial" else folder.rename(folder.with_suffix(".partial"))
         shutil.rmtree(partial)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be removed: {error}; remove it by hand, and resume the run"
-                         ) from error
+        raise ValueError(
+            f"{folder} cannot be removed: {error}; remove it by hand, and resume the run") from error
 
 
 @contextmanager
