@@ -1,20 +1,19 @@
-"""Checkpoints: folders that are whole or not there, saving and loading a trainer, and signals that ask a run
-to stop.
+"""Checkpoints: folders that are whole or not there, saving and loading a trainer, signals that stop a run.
 
 Why: a run is killed in the middle of a write, a disk fills up, a bit flips. Without care the newest
-checkpoint is then half a checkpoint, and it is found out days later, or never. Here a folder gets its name
-last, with a SHA-256 sum of every file, and a resumed run continues bit for bit as if it had not been
-interrupted.
-Source: write, flush, rename, as databases do it; the files are safetensors and JSON.
-Differs from TRL 0.11.4 in: there, a trainer can save its model but cannot be resumed.
+checkpoint is then damaged, and this is noticed days later, or never. Here a folder gets its name last, with a
+SHA-256 sum of every file, and a resumed run continues bit for bit as if it had not been interrupted.
+Source: write, flush, rename, as databases do it. The files are safetensors, torch's .pt and JSON.
+Differs from TRL 0.11.4 in: TRL can save the model of a trainer, but it cannot resume the training.
 Shapes: tensors of any shape, under the names of the model's and the optimizer's state dicts.
-Copy me: needs torch, numpy and safetensors, and distributed.py and optim.py beside it. Tested by
+Copy me: needs torch and safetensors, and distributed.py and optim.py beside it. Tested by
 tests/test_checkpoint.py and tests/test_survival.py.
 """
 import errno
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import tempfile
@@ -22,7 +21,6 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -35,50 +33,42 @@ MANIFEST = "manifest.json"
 
 
 def bytes_to_save(trainer, optimizer=True):
-    """Bytes of the tensors that `save` writes, nearly all of it. optimizer=False: those of
-    save_pretrained."""
+    """-> bytes of the tensors that `save` writes. optimizer=False: of those that save_pretrained writes."""
     parameters = distributed.unwrap(trainer.model).parameters()
     weights = sum(distributed.whole_numel(p) * p.element_size() for p in parameters)
     if not optimizer:
         return weights
-    device = trainer.accelerator.device
-    state = torch.tensor(optim.state_bytes(trainer.optimizer), dtype=torch.float64, device=device)
+    state = optim.state_bytes(trainer.optimizer)
     if distributed.zero_stage(trainer.accelerator) == 0:
-        return weights + int(state)
-    # The engine keeps float32 weights beside the model's, and each process saves a share of the state.
+        return weights + state
+    # DeepSpeed saves float32 weights beside the model's, and each process saves its share of the state.
+    state = torch.tensor(state, dtype=torch.float64, device=trainer.accelerator.device)
     return 2 * weights + int(trainer.reduce(state))
 
 
 def save(trainer, folder):
-    """Write all that the next step depends on into a new folder, whole or not there, and read it back.
+    """Write all that the next step depends on into a new folder, and read it back.
 
-    model/ is what save_pretrained writes. Beside it: the optimizer's tensors, one file of numbers, and the
-    random state of each process. All are safetensors and JSON, so loading executes nothing. Only under ZeRO
-    each process's share of weights and optimizer state is DeepSpeed's own file, a pickle.
+    model/ is what save_pretrained writes. trainer.pt holds the optimizer's state, the schedule's and a few
+    numbers; random-<rank>.pt holds the random generators of one process. Under ZeRO each process also writes
+    its share of weights and optimizer state in DeepSpeed's own files, which are pickles. ValueError: a weight
+    is not finite, the disk is full, or `load` could not read the state again; then no folder is left.
     """
-    accelerator, state, bad_weight = trainer.accelerator, trainer.state_dict(), trainer.first_bad_weight()
+    accelerator, bad_weight = trainer.accelerator, trainer.first_bad_weight()
+    state, random = state_to_save(trainer)
     with distributed.together(accelerator):
         if bad_weight is not None:
             raise ValueError(f"after step {trainer.steps_done}: the model's weights are not finite, "
-                             f"{bad_weight} first; go back to an older checkpoint, with a lower learning "
-                             "rate")
-    random = pack_random(state.pop("random"))
-    if state["lr_scheduler"] is not None:
-        state["lr_scheduler"] = pack_schedule(trainer.lr_scheduler)
-    state["zero_stage"], state["processes"] = distributed.zero_stage(accelerator), accelerator.num_processes
+                             f"{bad_weight} first; use an older checkpoint and a lower learning rate")
     with whole_folder(accelerator, folder, needed=bytes_to_save(trainer)) as partial:
         # The model's own names, also where the hub has other ones.
         trainer.save_pretrained(partial / "model", save_original_format=False)
         if state["zero_stage"] > 0:
             trainer.model.save_checkpoint(str(partial), tag="zero")
         with distributed.writes(accelerator):
+            write_state(random, partial / f"random-{accelerator.process_index}.pt")
             if accelerator.is_main_process:
-                if state.pop("model", None) is not None:
-                    tensors, state["optimizer"] = pack_state(state["optimizer"])
-                    save_file(tensors, partial / "optimizer.safetensors")
-                (partial / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
-            own = partial / f"random-{accelerator.process_index}.json"
-            own.write_text(json.dumps(random), encoding="utf-8")
+                write_state(state, partial / "trainer.pt")
     problem = on_main_process(accelerator, inspect(folder))
     with distributed.together(accelerator):
         if problem is not None:
@@ -86,72 +76,68 @@ def save(trainer, folder):
 
 
 def load(trainer, folder, check=True):
-    """Continue where `save` was called: the steps that follow are, bit for bit, those that would have
-    followed there.
+    """Continue where `save` was called: the next steps are, bit for bit, those that would have followed.
 
-    Make the trainer as it was made for the first step, with the reference of the untrained model, and give it
-    the prompts of the remaining steps: the position in `dataloader` is not saved. Another number of processes
-    works without DeepSpeed; a process beyond the saved number then keeps its random state. check=False: the
-    caller has just called `damage`. ValueError: the folder is damaged, or belongs to another model,
-    optimizer, schedule, precision or ZeRO stage; then nothing of the trainer has changed.
+    Make the trainer as for its first step, with the untrained model as the reference, and give it the prompts
+    of the remaining steps: the position in `dataloader` is not saved. Without DeepSpeed the number of
+    processes may differ; a process beyond the saved number keeps its random state. check=False: the caller
+    has just called `damage`. ValueError: the folder is damaged, it is of another model, optimizer or ZeRO
+    stage, or it has no state for this trainer's schedule or scaler. Then nothing of the trainer has changed.
     """
     folder, accelerator = Path(folder), trainer.accelerator
-    stage, processes = distributed.zero_stage(accelerator), accelerator.num_processes
+    expected, _ = state_to_save(trainer)
+    stage, processes = expected["zero_stage"], expected["processes"]
     with distributed.together(accelerator):
         problem = damage(folder) if check else None
         if problem is not None:
             raise ValueError(f"{folder} cannot be loaded: {problem}; use an older checkpoint")
-        state = read_state(folder)
+        state = read_state(folder / "trainer.pt", expected)
         if state["zero_stage"] != stage or (stage > 0 and state["processes"] != processes):
             raise ValueError(
                 f"{folder} was saved by {state['processes']} processes with ZeRO-{state['zero_stage']} (0 = "
                 f"without) and this run has {processes} with ZeRO-{stage}; launch it as it was saved, or "
                 f"start a new run from {folder / 'model'}")
-        own = folder / f"random-{accelerator.process_index}.json"
-        if own.is_file():
-            state["random"] = unpack_random(json.loads(own.read_text(encoding="utf-8")))
-        elif accelerator.process_index < state["processes"]:
-            raise ValueError(f"{folder} cannot be loaded: {own.name} is missing, and with it the random "
-                             "state of this process; use an older checkpoint")
-        for name, present in (("lr_scheduler", trainer.lr_scheduler), ("scaler", accelerator.scaler)):
-            if present is not None and state[name] is None:
+        if accelerator.process_index < state["processes"]:
+            random_file = folder / f"random-{accelerator.process_index}.pt"
+            state["random"] = read_state(random_file, ("python", "numpy", "torch"))
+        for name in ("lr_scheduler", "scaler"):
+            if expected[name] is not None and state[name] is None:
                 raise ValueError(f"{folder} was saved by a trainer with 0 {name} and this one has 1; make it "
                                  "as it was when it was saved")
-        if trainer.lr_scheduler is not None:
-            state["lr_scheduler"] = unpack_schedule(trainer.lr_scheduler, state["lr_scheduler"])
         if stage == 0:
-            weights = {}
-            for path in sorted((folder / "model").glob("*.safetensors")):
-                weights.update(load_file(path))
+            files = sorted((folder / "model").glob("*.safetensors"))
+            weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
             state["model"] = match_weights(distributed.unwrap(trainer.model), weights)
-            tensors = load_file(folder / "optimizer.safetensors")
-            state["optimizer"] = unpack_state(tensors, state["optimizer"], trainer.optimizer.state_dict())
+            sizes = [len(group["params"]) for group in expected["optimizer"]["param_groups"]]
+            saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+            if sizes != saved:
+                raise ValueError(
+                    f"the saved optimizer has groups of {saved} parameters but this one has {sizes}; make it "
+                    "over the same parameters, in the same order, with the same layers shared")
     if stage > 0:
         found, _ = trainer.model.load_checkpoint(str(folder), tag="zero", load_lr_scheduler_states=False)
         if found is None:
-            raise ValueError(f"{folder} cannot be loaded: DeepSpeed finds 0 files in {folder / 'zero'}; use "
-                             "an older checkpoint")
-    trainer.load_state_dict(state)      # only now that all of it fits: a model loaded in part is of no use
+            raise ValueError(f"{folder} cannot be loaded: DeepSpeed finds 0 files in zero/; use an older one")
+    trainer.load_state_dict(state)      # only now that all of it fits
 
 
-def read_state(folder):
-    """-> what `save` wrote into trainer.json. ValueError names an entry that is missing."""
-    state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-    for name in ("steps_done", "kl_coef", "score_moments", "lr_scheduler", "scaler", "zero_stage",
-                 "processes"):
-        if name not in state:
-            raise ValueError(f"{folder} cannot be loaded: its trainer.json has no {name}; use an older "
-                             "checkpoint")
-    return state
+def state_to_save(trainer):
+    """-> (what trainer.pt holds, what random-<rank>.pt holds)"""
+    state = trainer.state_dict()
+    state.pop("model", None)                # save_pretrained writes it
+    state.setdefault("optimizer", None)     # under ZeRO, where DeepSpeed writes it
+    state["zero_stage"] = distributed.zero_stage(trainer.accelerator)
+    state["processes"] = trainer.accelerator.num_processes
+    random = state.pop("random")
+    name, keys, *rest = random["numpy"]
+    random["numpy"] = (name, keys.tolist(), *rest)      # weights_only refuses numpy's arrays
+    return state, random
 
 
 def match_weights(model, weights):
-    """-> the saved tensors under every name of the model's state dict. Of tied tensors only one name is
-    saved.
-
-    ValueError names a tensor that is missing, left over, or of another shape.
-    """
-    present, saved = model.state_dict(), {}
+    """-> the saved tensors under every name that the model has for them; tied tensors are saved under one.
+    ValueError names a tensor that is missing, left over, or of another shape."""
+    present, saved = model.state_dict(), {}     # saved: by the address of the model's tensor
     for name, tensor in weights.items():
         if name not in present or present[name].shape != tensor.shape:
             shape = tuple(present[name].shape) if name in present else "not there"
@@ -165,105 +151,54 @@ def match_weights(model, weights):
     return {name: saved[tensor.data_ptr()] for name, tensor in present.items()}
 
 
-# ------------------------------------------------------------------- states as safetensors and JSON hold them
+def write_state(state, path):
+    """torch.save, and a first torch.load. OSError: the disk is full, or `read_state` could not read it."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+        torch.load(path, weights_only=True, mmap=True, map_location="cpu")      # mmap: reads no tensor
+    except RuntimeError as error:       # torch raises it after the system's OSError, as on a full disk
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
+    except (pickle.PickleError, AttributeError, TypeError) as error:    # what pickle raises
+        raise OSError("the trainer's state (its schedule, its optimizer) is more than tensors, text and "
+                      "Python's numbers, so no run could load it; use float(...) on numpy's") from error
 
 
-def pack_state(state):
-    """An optimizer's state dict -> (tensors for safetensors, {name: tensor}; the rest for JSON)."""
-    tensors, numbers = {}, {}
+def read_state(path, names):
+    """-> the dict that `write_state` wrote. ValueError: the file, or an entry of these names, is missing.
 
-    def pack(path, value):
-        if isinstance(value, dict):     # per parameter, and inside; bitsandbytes nests once more
-            for name, inner in value.items():
-                pack([*path, str(name)], inner)
-        elif torch.is_tensor(value):    # a copy, because 8-bit Adam's table is one tensor for all parameters
-            tensors["/".join(path)] = value.detach().clone().contiguous()
-        else:
-            numbers["/".join(path)] = value
-
-    pack([], state["state"])
-    return tensors, {"numbers": numbers, "param_groups": state["param_groups"]}
-
-
-def unpack_state(tensors, rest, present):
-    """The inverse of `pack_state`. present: the state dict of the optimizer that will load it; ValueError if
-    that optimizer has other parameters."""
-    sizes, saved = ([len(group["params"]) for group in state["param_groups"]] for state in (present, rest))
-    if sizes != saved:
-        raise ValueError(f"the saved optimizer has groups of {saved} parameters but this one has {sizes}; "
-                         "make it over the same parameters, in the same order, with the same layers shared")
-    state = {}
-    for key, value in [*tensors.items(), *rest["numbers"].items()]:
-        index, *path, name = key.split("/")
-        entries = state.setdefault(int(index), {})
-        for step in path:
-            entries = entries.setdefault(step, {})
-        entries[name] = value
-    for group in rest["param_groups"]:
-        if "betas" in group:        # JSON made a list of this pair
-            group["betas"] = tuple(group["betas"])
-    return {"state": state, "param_groups": rest["param_groups"]}
-
-
-def pack_schedule(scheduler):
-    """-> the part of a schedule's state that changes as it is stepped, for JSON. ValueError when JSON cannot
-    hold it.
-
-    Left out are the arguments of its constructor (milestones, functions): a resumed run gives them again.
+    weights_only=True builds only tensors, numbers, text and plain containers. Nothing that the file brings is
+    executed: a pickle that would run code is refused.
     """
-    state = {}
-    for name, value in scheduler.state_dict().items():
-        if name in ("milestones", "lr_lambdas") or callable(value):
-            continue
-        try:
-            state[name] = json.loads(json.dumps(value))
-        except TypeError:
-            state[name] = None
-        if state[name] != value:
-            raise ValueError(f"the state of {type(scheduler).__name__} has a {name} that JSON cannot hold, "
-                             "so a checkpoint could not restore it; use a schedule of numbers, such as "
-                             "LambdaLR or make_schedule(...)")
+    refused = f"{path.parent} cannot be loaded: "
+    if not path.is_file():
+        raise ValueError(f"{refused}it has no {path.name}; use an older checkpoint, or the version of "
+                         "plainppo that saved this one")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{refused}{path.name} is not a file of plainppo's; use an older one") from error
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"{refused}its {path.name} has no {missing[0]}; use an older checkpoint")
     return state
-
-
-def unpack_schedule(scheduler, saved):
-    """The inverse of `pack_schedule`: -> a state dict for a scheduler that was made with the same
-    arguments."""
-    return {**scheduler.state_dict(), **saved}
-
-
-def pack_random(state):
-    """The result of distributed.random_state -> the same for JSON."""
-    name, keys, *rest = state["numpy"]
-    tensors = {key: bytes(value.tolist()).hex() for key, value in state.items() if torch.is_tensor(value)}
-    return {"python": state["python"], "numpy": [name, keys.tolist(), *rest], **tensors}
-
-
-def unpack_random(saved):
-    """The inverse of `pack_random`."""
-    version, keys, gauss = saved["python"]
-    name, numpy_keys, *rest = saved["numpy"]
-    numpy_state = (name, np.array(numpy_keys, dtype=np.uint32), *rest)
-    texts = {key: value for key, value in saved.items() if isinstance(value, str)}
-    tensors = {key: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for key, text in texts.items()}
-    return {"python": (version, tuple(keys), gauss), "numpy": numpy_state, **tensors}
 
 
 # ------------------------------------------------------------------------------------------- whole folders
 
 
 def on_main_process(accelerator, work, kind=ValueError):
-    """Run the generator `work` on the main process to its end. -> its result there, None elsewhere.
+    """Run the generator `work` to its end on the main process. -> its result there, None on the others.
 
-    The others wait in one short sum a second. In a single sum for all of it, reading a large checkpoint would
-    take longer than a process may wait. An exception of this kind is raised on all. accelerator=None: without
-    others.
+    The others wait in one short sum a second, because reading a large checkpoint may take longer than a
+    process may wait in one. An exception of type `kind` is raised on all. accelerator=None: without others.
     """
     busy, result = True, None
     while busy:
         with nullcontext() if accelerator is None else distributed.together(accelerator, kind):
-            busy, until = accelerator is None or accelerator.is_main_process, time.monotonic() + 1.0
-            while busy and time.monotonic() < until:
+            busy = accelerator is None or accelerator.is_main_process
+            next_sum = time.monotonic() + 1.0
+            while busy and time.monotonic() < next_sum:
                 try:
                     next(work)
                 except StopIteration as ended:
@@ -275,72 +210,54 @@ def on_main_process(accelerator, work, kind=ValueError):
 
 
 @contextmanager
-def os_error_is_one_sentence(path, needed):
-    """An OSError inside becomes a ValueError; on a full disk with the bytes that are needed and those that
-    are free."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "mend that"
-        if error.errno == errno.ENOSPC:
-            parent = next(place for place in Path(path).absolute().parents if place.exists())
-            remedy = f"it needs {needed:,} bytes and {shutil.disk_usage(parent).free:,} are free; make room"
-        raise ValueError(f"{path} was not written: {error}; {remedy}, and resume the run") from error
-
-
-@contextmanager
 def whole_folder(accelerator, folder, needed=0):
-    """-> a folder to fill, on every process. When the context ends well it gets the name `folder`.
+    """-> a folder to fill, on every process. If the context ends without an error it is renamed to `folder`.
 
-    A run that is killed before that leaves no folder of this name, because of the order: every file to the
-    disk, then the manifest with sizes and SHA-256 sums, then one rename. Write in `distributed.writes`.
-    needed: bytes that must be free before it begins. ValueError: `folder` exists already, or the disk is
-    full; then nothing is left of it.
+    Every file is flushed to the disk, then the manifest with sizes and SHA-256 sums, and the rename is last.
+    So a run that is killed leaves no folder of this name, or a whole one. Write in `distributed.writes`.
+    needed: bytes that must be free before it begins. ValueError: `folder` exists already, or the writing has
+    failed; then nothing is left of the new folder.
     """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".partial")
     with distributed.together(accelerator):
         if accelerator.is_main_process and folder.exists():
-            raise ValueError(f"{folder} is there already, and is left as it is; choose another name or move "
-                             "it away")
-    with os_error_is_one_sentence(folder, needed):
-        try:
-            with distributed.writes(accelerator):
-                if accelerator.is_main_process:
-                    make_room(partial, needed)
-            yield partial
-            on_main_process(accelerator, seal(partial, folder), OSError)
-        except OSError:
+            raise ValueError(f"{folder} is there already, and stays; choose another name or move it away")
+    try:
+        with distributed.writes(accelerator):
             if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def make_room(partial, needed):
-    """Make an empty folder. OSError when fewer than `needed` bytes are free: now, not after half of the
-    files."""
-    if partial.exists():        # left by a run that was killed
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    if shutil.disk_usage(partial).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                if partial.exists():        # left by a run that was killed
+                    shutil.rmtree(partial)
+                partial.mkdir(parents=True)
+                if shutil.disk_usage(partial).free < needed:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield partial
+        on_main_process(accelerator, seal(partial, folder), OSError)
+    except OSError as error:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        remedy = "mend that"
+        if error.errno == errno.ENOSPC:
+            parent = next(parent for parent in folder.absolute().parents if parent.exists())
+            remedy = f"it needs {needed:,} bytes and {shutil.disk_usage(parent).free:,} are free; make room"
+        raise ValueError(f"{folder} was not written: {error}; {remedy}, and resume the run") from error
 
 
 def seal(partial, folder):
-    """Every file to the disk, then the manifest, then the rename. A generator, for `on_main_process`."""
+    """Flush every file, write the manifest, rename the folder. A generator, for `on_main_process`."""
     files = {str(path.relative_to(partial)): path for path in sorted(partial.rglob("*")) if path.is_file()}
-    umask = os.umask(0)
+    umask = os.umask(0)         # it can be read only by setting it
     os.umask(umask)
     entries = {}
     for name, path in files.items():
         to_disk(path)
-        path.chmod(0o666 & ~umask)      # safetensors lets the owner alone read, whatever the umask
+        path.chmod(0o666 & ~umask)      # safetensors lets only the owner read, whatever the umask is
         entries[name] = {"bytes": path.stat().st_size, "sha256": (yield from sha256(path))}
     (partial / MANIFEST).write_text(json.dumps({"files": entries}, indent=1), encoding="utf-8")
     for path in (partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial):
         to_disk(path)
     os.replace(partial, folder)
-    for parent in (folder.parent, folder.parent.parent):    # the new name, and its parent's, which may be new
+    for parent in (folder.parent, folder.parent.parent):    # the first may be new itself
         to_disk(parent)
 
 
@@ -354,7 +271,7 @@ def to_disk(path):
 
 
 def sha256(path):
-    """A generator that yields after each part of the file and returns the sum."""
+    """A generator that yields after each part of the file and returns the SHA-256 sum of all of it."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -364,13 +281,12 @@ def sha256(path):
 
 
 def damage(folder):
-    """-> what is wrong with a folder made by `whole_folder`, as half a sentence; None when every file is as
-    written."""
+    """-> what is wrong with a folder that `whole_folder` made, as half a sentence; None for a whole one."""
     return on_main_process(None, inspect(folder))
 
 
 def inspect(folder):
-    """`damage` as a generator, for `on_main_process`."""
+    """`damage`, as a generator for `on_main_process`."""
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         return f"it has no {MANIFEST}, so it was never finished"
@@ -396,32 +312,29 @@ def inspect(folder):
 
 
 def folders(place):
-    """The checkpoints below `place`, newest first."""
+    """The checkpoints in the folder `place`, newest first."""
     return sorted(Path(place).glob("step-" + "[0-9]" * 6), reverse=True)
 
 
 def newest_whole(place, say=print, accelerator=None):
-    """-> the newest checkpoint without damage, as text, or None. A damaged one is said, and renamed to
-    .damaged, so that its step can be saved again. accelerator: all processes call it, and the main one
-    works."""
-    newest = on_main_process(accelerator, search(place, say))
+    """-> the newest checkpoint without damage, as text, or None. A damaged one is reported, and renamed to
+    .damaged, so that its step can be saved again. accelerator: all processes call it; the main one works."""
+    def search():
+        for partial in Path(place).glob("*.partial"):       # left by a save or a removal that was cut short
+            remove(partial)
+        for folder in folders(place):
+            problem = yield from inspect(folder)
+            if problem is None:
+                return str(folder)
+            damaged = folder.with_name(f"{folder.name}.damaged")
+            if damaged.exists():
+                remove(damaged)
+            folder.rename(damaged)
+            say(f"passing over {folder}: {problem}; kept as {damaged.name}")
+        return None
+
+    newest = on_main_process(accelerator, search())
     return newest if accelerator is None else distributed.gather_lists(accelerator, [newest])[0]
-
-
-def search(place, say):
-    """`newest_whole` as a generator, for `on_main_process`."""
-    for rest in Path(place).glob("*.partial"):       # left by a save or a removal that was cut short
-        remove(rest)
-    for folder in folders(place):
-        problem = yield from inspect(folder)
-        if problem is None:
-            return str(folder)
-        aside = folder.with_name(f"{folder.name}.damaged")
-        if aside.exists():
-            remove(aside)
-        folder.rename(aside)
-        say(f"passing over {folder}: {problem}; kept as {aside.name}")
-    return None
 
 
 def remove_old(accelerator, place, keep):
@@ -432,27 +345,24 @@ def remove_old(accelerator, place, keep):
 
 
 def remove(folder):
-    """Remove a folder. It is renamed first: a removal that is cut short leaves no half of it under its
-    name."""
+    """Remove a folder. It is renamed first, so that a removal that is cut short leaves no half checkpoint."""
     folder = Path(folder)
     try:
-        if not folder.is_dir():         # a file of that name is somebody's, and stays as it is
+        if not folder.is_dir():         # a file of this name is not plainppo's, and stays as it is
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         partial = folder if folder.suffix == ".partial" else folder.rename(folder.with_suffix(".partial"))
         shutil.rmtree(partial)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be removed: {error}; remove it by hand, and resume the run"
-                         ) from error
+        raise ValueError(
+            f"{folder} cannot be removed: {error}; remove it by hand, and resume the run") from error
 
 
 @contextmanager
 def stop_signals(accelerator):
-    """-> function() -> SIGINT or SIGTERM if any process has received it, 0 if not. All processes must call
-    it.
+    """-> function() -> SIGINT or SIGTERM if any process has received it, otherwise 0.
 
-    So all know at the same point of the run, where nothing is half done. A second Ctrl-C ends its process at
-    once. A second SIGTERM does not: a scheduler sends one to every process, and the launcher sends it once
-    more.
+    All processes call the function where nothing is half done, and get the same answer. A second Ctrl-C ends
+    its process at once. A second SIGTERM does not: a scheduler and the launcher may each send one.
     """
     numbers, received = (signal.SIGINT, signal.SIGTERM), []
 
@@ -461,16 +371,16 @@ def stop_signals(accelerator):
         name = signal.Signals(number).name
         os.write(2, f"{name}: this step is finished and saved first; Ctrl-C stops at once\n".encode())
         for second in numbers if number == signal.SIGINT else (signal.SIGINT,):
-            signal.signal(second, signal.SIG_DFL)       # this handler works inside a long computation, too
+            signal.signal(second, signal.SIG_DFL)       # ends the process inside a long computation, too
 
-    def asked():
+    def signal_received():
         flags = torch.tensor([float(number in received) for number in numbers], device=accelerator.device)
         flags = distributed.sum_over_processes(accelerator)(flags).tolist()
         return next((int(number) for number, flag in zip(numbers, flags) if flag), 0)
 
     before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield asked
+        yield signal_received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -469,7 +469,7 @@ def test_a_reward_model_of_fewer_or_more_layers_than_its_file_is_refused(layers,
         rewards.load_reward_model(tmp_path / "judge")
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"files": {"trainer.json": {"bytes": 1e999, "sha256": "0"}}}', '{"files": {"trainer.json": []}}'])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"files": {"trainer.pt": {"bytes": 1e999, "sha256": "0"}}}', '{"files": {"trainer.pt": []}}'])
 def test_json_that_is_no_manifest_or_config_is_said_to_be_none(text, targets, tmp_path):
     shutil.copytree(targets["checkpoint"].source, tmp_path / "checkpoint")
     (tmp_path / "checkpoint" / "manifest.json").write_text(text)
@@ -522,10 +522,10 @@ def test_a_damaged_final_model_or_run_config_stops_a_run_before_it_begins(small,
     train.main(["--resume", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run" / "before.json").read_text())["prompts"]
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "model")
-    data = bytearray((tmp_path / "model" / "optimizer.safetensors").read_bytes())
+    data = bytearray((tmp_path / "model" / "trainer.pt").read_bytes())
     data[-1] ^= 1
-    (tmp_path / "model" / "optimizer.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="model cannot be loaded: optimizer.safetensors is not what was written"):
+    (tmp_path / "model" / "trainer.pt").write_bytes(data)
+    with pytest.raises(ValueError, match="model cannot be loaded: trainer.pt is not what was written"):
         train.main(flags(small, tmp_path / "other", "--model_name", str(tmp_path / "model")))
 
 
@@ -629,7 +629,21 @@ def test_a_checkpoint_with_a_pickle_in_any_place_is_refused_and_none_is_executed
         with pytest.raises(ValueError, match="checkpoint cannot be loaded: "):
             target.load(folder)
     assert not (tmp_path / "fired").exists()
-    assert {path.suffix for path in target.source.rglob("*") if path.is_file()} == {".json", ".safetensors"}      # and none is written
+    assert {path.suffix for path in target.source.rglob("*") if path.is_file()} == {".json", ".pt", ".safetensors"}
+
+
+@pytest.mark.parametrize("form", ["zip", "older", "pickle"])
+@pytest.mark.parametrize("name", ["trainer.pt", "random-0.pt"])
+def test_a_pickle_that_a_checkpoint_vouches_for_is_refused_and_not_executed(name, form, targets, tmp_path):
+    """Its manifest has the right sum of it, as a stranger's checkpoint may have."""
+    folder, accelerator = tmp_path / "checkpoint", worker.make({"batch_size": 4}).accelerator
+    with checkpoint.whole_folder(accelerator, folder) as partial:
+        shutil.copytree(targets["checkpoint"].source, partial, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"])
+        (partial / name).write_bytes(bombs(tmp_path / "fired")[form])
+    assert checkpoint.damage(folder) is None
+    with pytest.raises(ValueError, match=f"checkpoint cannot be loaded: {name} is not a file of plainppo's; use an older one"):
+        targets["checkpoint"].load(folder)
+    assert not (tmp_path / "fired").exists()
 
 
 @pytest.mark.parametrize("source, auto_map", [("model", {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}),

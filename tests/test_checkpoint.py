@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import checkpoint
 import distributed
-from checkpoint import pack_schedule, pack_state, unpack_schedule
-from optim import make_optimizer, make_schedule, trainable_parameters
+from optim import SCHEDULES, make_optimizer, make_schedule, trainable_parameters
 from ppo_core import PPOTrainer
 from test_ppo_core import config, distance, make, ragged, seeded, sgd, tiny, tokenizer, weights     # noqa: F401 (seeded: a fixture)
 from value_head import AutoModelForCausalLMWithValueHead
@@ -68,28 +68,76 @@ def test_a_mixture_of_experts_resumes_too(tmp_path):
     assert some_steps(twin, 1) == expected and distance(weights(one), weights(twin)) == 0
 
 
-@pytest.mark.parametrize("schedule", [lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 4]), lambda o: torch.optim.lr_scheduler.StepLR(o, 2),
-                                      lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9), lambda o: make_schedule("linear", o, 9),
-                                      lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.ConstantLR(o, 0.5),
-                                                torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3])])
-def test_a_packed_schedule_goes_on_where_it_was(schedule):
-    traces = []
-    for interrupted in (False, True):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-        scheduler, trace = schedule(optimizer), []
-        for step in range(8):
-            if interrupted and step == 3:
-                packed = json.loads(json.dumps(pack_schedule(scheduler)))
-                state = optimizer.state_dict()
-                optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-                scheduler = schedule(optimizer)
-                optimizer.load_state_dict(state)
-                scheduler.load_state_dict(unpack_schedule(scheduler, packed))
-            trace.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        traces.append(trace)
-    assert traces[0] == traces[1] and len(set(traces[0])) > 1
+torch_schedules = torch.optim.lr_scheduler
+
+
+def with_schedule(schedule):
+    model = tiny("bloom")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return PPOTrainer(config(), model, None, tokenizer(), optimizer=optimizer, lr_scheduler=schedule(optimizer))
+
+
+def rates(trainer, steps):
+    """The learning rates of these steps."""
+    found = []
+    for _ in range(steps):
+        found.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()        # there are no gradients, so it does nothing
+        trainer.lr_scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("schedule", [
+    *(lambda o, name=name: make_schedule(name, o, 9, warmup_steps=2) for name in SCHEDULES),
+    lambda o: torch_schedules.LambdaLR(o, lambda step: 0.9 ** step), lambda o: torch_schedules.MultiStepLR(o, [2, 4]),
+    lambda o: torch_schedules.StepLR(o, 2), lambda o: torch_schedules.OneCycleLR(o, 0.1, total_steps=9),
+    lambda o: torch_schedules.SequentialLR(o, [torch_schedules.ConstantLR(o, 0.5), torch_schedules.ExponentialLR(o, 0.9)], [3])])
+def test_a_restored_schedule_goes_on_where_it_was(schedule, tmp_path):
+    one, twin = with_schedule(schedule), with_schedule(schedule)
+    rates(one, 1 if schedule.__defaults__ == ("constant",) else 3)      # a constant one changes in its warm-up only
+    checkpoint.save(one, tmp_path / "state")
+    expected = rates(one, 5)
+    assert rates(twin, 5) != expected
+    checkpoint.load(twin, tmp_path / "state")
+    assert rates(twin, 5) == expected
+
+
+class Cosine:
+    """A schedule's factor that keeps something in its state."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+    def __call__(self, step):
+        return 0.5
+
+
+UNREADABLE = [lambda: np.float64(0.5), lambda: np.ones(2), lambda: lambda: 0, lambda: len, lambda: threading.Lock(), lambda: Cosine(1)]
+
+
+@pytest.mark.parametrize("inside", UNREADABLE, ids=["number of numpy", "array", "lambda", "function", "lock", "object"])
+def test_a_schedule_that_could_not_be_loaded_is_refused_at_save(inside, tmp_path):
+    """Found out when the run is resumed, it would be too late."""
+    trainer = with_schedule(lambda o: torch_schedules.LambdaLR(o, Cosine(inside())))
+    with pytest.raises(ValueError, match=r"state was not written: the trainer's state \(its schedule, its optimizer\) is more than tensors, text "
+                                         r"and Python's numbers, so no run could load it; use float\(...\) on numpy's; .* resume the run") as caught:
+        checkpoint.save(trainer, tmp_path / "state")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_an_optimizer_or_a_rate_that_could_not_be_loaded_is_refused_at_save(tmp_path):
+    """A learning rate of numpy's is one: a schedule that computes with numpy makes it."""
+    trainer = with_schedule(lambda o: torch_schedules.LambdaLR(o, lambda step: np.cos(0.1 * step)))
+    rates(trainer, 1)
+    with pytest.raises(ValueError, match="state was not written: the trainer's state"):
+        checkpoint.save(trainer, tmp_path / "state")
+    trainer = resumable("adam")
+    some_steps(trainer, 1)
+    checkpoint.save(trainer, tmp_path / "state")
+    trainer.optimizer.state[trainer.optimizer.param_groups[0]["params"][-1]]["mine"] = np.float32(1)
+    with pytest.raises(ValueError, match="next was not written: the trainer's state"):
+        checkpoint.save(trainer, tmp_path / "next")
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd", "lion", "adam8bit"])
@@ -102,8 +150,10 @@ def test_a_restored_trainer_goes_on_bit_for_bit(optimizer, tmp_path):
     some_steps(twin, 1)                                         # it stands elsewhere in every respect
     checkpoint.load(twin, tmp_path / "state")
     assert some_steps(twin, 3) == expected and distance(weights(twin), weights(trainer)) == 0
-    ours, theirs = pack_state(twin.optimizer.state_dict())[0], pack_state(trainer.optimizer.state_dict())[0]
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    checkpoint.save(twin, tmp_path / "twin")
+    checkpoint.save(trainer, tmp_path / "trainer")
+    for name in ("trainer.pt", "random-0.pt", "model/model.safetensors"):
+        assert (tmp_path / "twin" / name).read_bytes() == (tmp_path / "trainer" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("item", ["model", "optimizer", "lr_scheduler", "kl_coef", "score_moments", "steps_done", "python", "numpy", "torch"])
@@ -303,15 +353,54 @@ def test_processes_wait_for_a_large_checkpoint_longer_than_for_a_sum(tmp_path):
             process.kill()
 
 
-def test_the_files_of_a_checkpoint_are_those_of_the_version_before(tmp_path):
-    """That version wrote trainer.json by hand, in another order of its entries; its files and their names are the same."""
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_disk_that_is_full_in_torch_save_is_the_systems_error(size):
+    """torch says RuntimeError: unexpected pos 704 vs 598."""
+    with pytest.raises(OSError) as caught:
+        checkpoint.write_state({"weights": torch.zeros(size)}, Path("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_the_files_of_a_checkpoint_and_what_they_hold(tmp_path):
     trainer = resumable("adam")
     some_steps(trainer, 1)
     checkpoint.save(trainer, tmp_path / "state")
-    state = json.loads((tmp_path / "state" / "trainer.json").read_text())
+    state = torch.load(tmp_path / "state" / "trainer.pt", weights_only=True)
     assert set(state) == {"steps_done", "kl_coef", "score_moments", "lr_scheduler", "scaler", "zero_stage", "processes", "optimizer"}
-    assert set(state["optimizer"]) == {"numbers", "param_groups"}
-    drawn = json.loads((tmp_path / "state" / "random-0.json").read_text())
-    assert set(drawn) == {"python", "numpy", "torch"} and len(drawn["numpy"][1]) == 624 and bytes.fromhex(drawn["torch"])
-    names = {str(path.relative_to(tmp_path / "state")) for path in (tmp_path / "state").rglob("*") if path.is_file()}
-    assert {"manifest.json", "trainer.json", "random-0.json", "optimizer.safetensors", "model/model.safetensors"} <= names
+    assert set(state["optimizer"]) == {"state", "param_groups"}
+    drawn = torch.load(tmp_path / "state" / "random-0.pt", weights_only=True)
+    assert set(drawn) == {"python", "numpy", "torch"} and len(drawn["numpy"][1]) == 624
+    names = {str(path.relative_to(tmp_path / "state")) for path in (tmp_path / "state").iterdir()}
+    assert names == {"manifest.json", "trainer.pt", "random-0.pt", "model"}
+
+
+def vouched_for(folder, change):
+    """A checkpoint in which something was changed, with a manifest that fits the change."""
+    with checkpoint.whole_folder(distributed.start(cpu=True), folder.with_name("changed")) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        (partial / "manifest.json").unlink()
+        change(partial)
+    return folder.with_name("changed")
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda f: (f / "trainer.pt").rename(f / "trainer.json"), "it has no trainer.pt; use an older checkpoint, or the version of plainppo that saved"),
+    (lambda f: (f / "random-0.pt").unlink(), "it has no random-0.pt"),
+    (lambda f: torch.save({"steps_done": 1}, f / "trainer.pt"), "its trainer.pt has no kl_coef; use an older checkpoint"),
+    (lambda f: torch.save({"python": 1}, f / "random-0.pt"), "its random-0.pt has no numpy"),
+    (lambda f: (f / "trainer.pt").write_bytes(b""), "trainer.pt is not a file of plainppo's"),
+    (lambda f: (f / "trainer.pt").write_bytes((f / "trainer.pt").read_bytes()[:-300]), "trainer.pt is not a file of plainppo's"),
+    (lambda f: (f / "trainer.pt").write_text("{}"), "trainer.pt is not a file of plainppo's")],
+    ids=lambda value: value if isinstance(value, str) else "")
+def test_a_checkpoint_of_another_form_is_refused_by_what_is_missing(change, words, tmp_path):
+    """The first is what an older version wrote: trainer.json."""
+    trainer = resumable("adam")
+    some_steps(trainer, 1)
+    checkpoint.save(trainer, tmp_path / "state")
+    some_steps(trainer, 1)
+    before = (weights(trainer), trainer.steps_done, torch.get_rng_state())
+    folder = vouched_for(tmp_path / "state", change)
+    with pytest.raises(ValueError, match=f"changed cannot be loaded: {words}") as caught:
+        checkpoint.load(trainer, folder)
+    assert "\n" not in str(caught.value) and distance(weights(trainer), before[0]) == 0
+    assert trainer.steps_done == before[1] and torch.equal(torch.get_rng_state(), before[2])

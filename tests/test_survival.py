@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoint import damage
@@ -83,7 +84,7 @@ def end_state(run):
     last = run / "checkpoints" / f"step-{STEPS:06d}"
     files = [run / "final" / "model.safetensors", run / "samples.md", run / "before.json", *(p for p in last.rglob("*") if p.is_file())]
     hashes = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    assert {"optimizer.safetensors", "trainer.json", "random-0.json"} <= {path.name for path in files} and len(rows(run)) == STEPS
+    assert {"trainer.pt", "random-0.pt"} <= {path.name for path in files} and len(rows(run)) == STEPS
     return hashes, rows(run), tokens(run)
 
 
@@ -125,10 +126,10 @@ def test_the_ways_to_run_are_different_runs(undisturbed):
     assert rows(undisturbed(1, "bf16", 4))[-1] != rows(undisturbed(1, "no", 4))[-1]
 
 
-ITEMS = [("trainer.json", name) for name in ("steps_done", "kl_coef", "score_moments", "lr_scheduler", "optimizer", "scaler", "zero_stage",
-                                             "processes", None)]
-ITEMS += [("random-0.json", name) for name in ("python", "numpy", "torch", None)]
-ITEMS += [("optimizer.safetensors", name) for name in ("exp_avg", "exp_avg_sq", "step", None)]
+ITEMS = [("trainer.pt", name) for name in ("steps_done", "kl_coef", "score_moments", "lr_scheduler", "optimizer", "scaler", "zero_stage",
+                                           "processes", None)]
+ITEMS += [("trainer.pt", name) for name in ("exp_avg", "exp_avg_sq", "step")]       # of each parameter, in the optimizer's state
+ITEMS += [("random-0.pt", name) for name in ("python", "numpy", "torch", None)]
 ITEMS += [("model/model.safetensors", name) for name in ("v_head.summary.weight", "transformer.h.0.mlp.c_fc.weight", None)]
 
 
@@ -137,15 +138,15 @@ def leave_out(checkpoint, file, item):
     path = checkpoint / file
     if item is None:
         path.unlink()
-    elif path.suffix == ".json":
-        content = json.loads(path.read_text())
-        del content[item]
-        path.write_text(json.dumps(content))
+    elif path.suffix == ".pt":
+        content = torch.load(path, weights_only=True)
+        for entries in [content] if item in content else content["optimizer"]["state"].values():
+            del entries[item]
+        torch.save(content, path)
     else:
         tensors = load_file(path)
-        kept = {name: tensor for name, tensor in tensors.items() if name != item and not name.endswith(f"/{item}")}
-        assert len(kept) < len(tensors)
-        save_file(kept, path, metadata={"format": "pt"})
+        del tensors[item]
+        save_file(tensors, path, metadata={"format": "pt"})
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
     (checkpoint / "manifest.json").write_text(json.dumps({"files": {str(path.relative_to(checkpoint)): {
         "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in files}}))
@@ -284,7 +285,7 @@ def check_stop(run, text, name, at, ranks):
     place = run / "checkpoints" / f"step-{after:06d}"
     assert f"{name}: stopped after step {after}, which is saved in {place}; --resume {run} goes on" in text
     assert at <= after <= at + 2 and damage(place) is None
-    assert sorted(path.name for path in place.glob("random-*")) == [f"random-{rank}.json" for rank in range(ranks)]
+    assert sorted(path.name for path in place.glob("random-*")) == [f"random-{rank}.pt" for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("number, to, ranks", [("SIGTERM", [0, 0], 1), ("SIGINT", [0], 1), ("SIGTERM", [1], 2), ("SIGINT", [0], 2),
@@ -412,7 +413,9 @@ def test_a_disk_that_fills_up_at_every_write_of_a_save(forge, undisturbed, small
 def test_a_save_that_cannot_fit_is_refused_before_it_begins(forge, undisturbed, small_disk, tmp_path):
     said = check_full(forge, undisturbed(1), small_disk, tmp_path, end_state(undisturbed(1)), "save", 1, 100_000)
     needed, free = (int(number.replace(",", "")) for number in re.search(r"needs ([\d,]+) bytes and ([\d,]+) are free", said).groups())
-    tensors = sum(path.stat().st_size for path in (undisturbed(1) / "checkpoints" / "step-000007").rglob("*.safetensors"))
+    saved = undisturbed(1) / "checkpoints" / "step-000007"
+    optimizer = torch.load(saved / "trainer.pt", weights_only=True)["optimizer"]["state"].values()
+    tensors = (saved / "model" / "model.safetensors").stat().st_size + sum(t.nbytes for entries in optimizer for t in entries.values())
     assert 0.95 * tensors < needed < 1.05 * tensors and 90_000 < free <= 100_000
 
 

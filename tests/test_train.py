@@ -277,7 +277,7 @@ def unfinished(run, folder, *left_out):
 
 
 def same_end(folder, undisturbed):
-    files = ("final/model.safetensors", "samples.md", "checkpoints/step-000006/optimizer.safetensors", "checkpoints/step-000006/trainer.json")
+    files = ("final/model.safetensors", "samples.md", "checkpoints/step-000006/trainer.pt", "checkpoints/step-000006/random-0.pt")
     assert [(folder / name).read_bytes() == (undisturbed / name).read_bytes() for name in files] == [True] * len(files)
     assert numbers(folder) == numbers(undisturbed)
 
@@ -294,11 +294,11 @@ def test_a_killed_run_resumes_and_ends_as_if_nothing_had_happened(undisturbed, t
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(undisturbed, tmp_path, capsys):
     unfinished(undisturbed, tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-000006"
-    (newest / "trainer.json").write_text("{}")
+    (newest / "trainer.pt").write_text("{}")
     train.main(["--resume", str(tmp_path / "run")])
     out = capsys.readouterr().out
-    assert f"passing over {newest}: trainer.json has 2 bytes instead of" in out and "resuming after step 4" in out
-    assert (tmp_path / "run" / "checkpoints" / "step-000006.damaged" / "trainer.json").read_text() == "{}"
+    assert f"passing over {newest}: trainer.pt has 2 bytes instead of" in out and "resuming after step 4" in out
+    assert (tmp_path / "run" / "checkpoints" / "step-000006.damaged" / "trainer.pt").read_text() == "{}"
     same_end(tmp_path / "run", undisturbed)
 
 
