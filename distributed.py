@@ -45,17 +45,16 @@ def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, time
     """The Accelerator of this process: which device, how many processes, which trackers. Call it first, and
     once.
 
-    The same call serves `python`, `torchrun` and `accelerate launch`, on GPUs and CPUs, with and without
+    It is the same for `python`, `torchrun` and `accelerate launch`, on GPUs and CPUs, with and without
     DeepSpeed. cpu=True stays on the CPU where there is a GPU. timeout: seconds that a process waits for the
-    others before it gives up. Without a GPU, DS_ACCELERATOR=cpu is set for the whole process, or DeepSpeed
-    would look for one. ValueError: a package is missing, or the machine cannot do what is asked.
+    others. ValueError: a package is missing, or the machine cannot do what is asked.
     """
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"log_with is {log_with!r} but that package is not installed; run: "
                          f"pip install {log_with}")
     if not torch.accelerator.is_available():
         cpu = True          # without it, accelerate takes each process of a launcher for a run of its own
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")      # or DeepSpeed would look for a GPU
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         cpu = prepare_for_deepspeed(cpu, kwargs, timeout)
     elif cpu:
@@ -69,8 +68,8 @@ def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, time
 
 @functools.cache        # once per process
 def warn_of_spinning_threads():
-    """The threads of OpenMP wait for each other in a loop that does not sleep, so another busy program slows
-    a step down ten times. OpenMP reads the remedy when torch is loaded: setting it here would be too late."""
+    """OpenMP's threads wait for each other in a loop that does not sleep, so another busy program slows a
+    step down ten times. OpenMP reads the remedy when torch is loaded: here it is too late to set it."""
     if torch.get_num_threads() > 1 and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
         logger.warning("torch uses %d CPU threads and GOMP_SPINCOUNT is not set, so another busy program "
                        "can make a step ten times slower; put GOMP_SPINCOUNT=4000 in front of the command",
@@ -78,10 +77,9 @@ def warn_of_spinning_threads():
 
 
 def prepare_for_deepspeed(cpu, kwargs, timeout):
-    """Adds the DeepSpeed plugin to the Accelerator's `kwargs`. -> the `cpu` to give it, which is always
-    False.
+    """Add the DeepSpeed plugin to the Accelerator's `kwargs`, and on CPUs make the group of processes (gloo).
 
-    On CPUs it also makes the group of processes (gloo): accelerate takes cpu=True for "without DeepSpeed".
+    -> the `cpu` to give to Accelerator: always False, as it takes cpu=True for "without DeepSpeed".
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("this run was launched with DeepSpeed but deepspeed is not installed; run: "
@@ -99,10 +97,8 @@ def prepare_for_deepspeed(cpu, kwargs, timeout):
 
 
 class Zero3InitPlugin(DeepSpeedPlugin):
-    """accelerate's plugin, whose zero3_init_flag also reaches transformers.
-
-    Otherwise even a reward model loaded under `zero3_init_disabled` would have empty tensors.
-    """
+    """accelerate's plugin, but transformers hears of its zero3_init_flag too: otherwise even a reward model
+    that is loaded under `zero3_init_disabled` would have empty tensors."""
 
     def set_deepspeed_weakref(self):
         super().set_deepspeed_weakref()
@@ -112,8 +108,7 @@ class Zero3InitPlugin(DeepSpeedPlugin):
 
 
 def zero3_init_disabled(accelerator):
-    """Context in which a model is loaded whole, as a model that is not trained must be. Without ZeRO-3 it
-    does nothing."""
+    """Context in which a model is loaded whole also under ZeRO-3, for models that are not trained."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None or not plugin.is_zero3_init_enabled():
         return nullcontext()
@@ -121,8 +116,8 @@ def zero3_init_disabled(accelerator):
 
 
 def tracker_arguments(log_with, folder):
-    """-> init_kwargs for accelerate's `init_trackers`. Without an account wandb would ask a question and
-    wait, so it logs offline there."""
+    """-> init_kwargs for accelerate's `init_trackers`. Without an account wandb would ask and wait, so it
+    logs offline then."""
     if log_with != "wandb":
         return {}
     import wandb
@@ -136,8 +131,8 @@ def tracker_arguments(log_with, folder):
 def seed_everything(seed, rank=0):
     """Seed the generators of Python, numpy and torch.
 
-    With rank 0 on all processes before the model is made: all must get the same value head. With the
-    process's rank afterwards: each process must sample other responses.
+    Call it with rank 0 before the model is made, so that all processes get the same value head; and with the
+    process's rank after that, so that they sample different responses.
     """
     if rank > 0:        # not seed + rank, which would give rank 1 of seed 0 the numbers of rank 0 of seed 1
         seed = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
@@ -146,7 +141,7 @@ def seed_everything(seed, rank=0):
 
 
 def random_state(device):
-    """-> the states of all random generators of this process, each in the form of its library."""
+    """-> {library or device: the state of its random generator} of this process."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if device.type != "cpu":
         state[device.type] = getattr(torch, device.type).get_rng_state(device)
@@ -179,11 +174,10 @@ def gather_lists(accelerator, items):
 
 @contextmanager
 def together(accelerator, kind=ValueError):
-    """For a check that may fail on some processes only: then `kind` is raised on all, with the messages of
-    those that failed.
+    """For a check that may fail on some processes only: `kind` is then raised on all, with all messages.
 
-    Without it the others would wait in their next sum for ever. All processes must come here; it costs one
-    sum of one number. The others get those attributes of the first error that are text or a number.
+    Otherwise the others would wait in their next sum for ever. It costs one sum of one number. All processes
+    must come here. The others get the attributes of the first error that are text or numbers.
     """
     failure = None
     try:
@@ -199,39 +193,34 @@ def together(accelerator, kind=ValueError):
 
 
 def raise_jointly(accelerator, kind, failure):
-    """On all processes: raise `kind` with the messages of all that failed. failure: of this process, or None.
-    """
-    kept = {} if failure is None else {**vars(failure), "errno": getattr(failure, "errno", None)}
-    plain = {name: value for name, value in kept.items() if isinstance(value, (str, int, float))}
-    told = gather_lists(accelerator, [None if failure is None else (str(failure), plain)])
-    known = {rank: said for rank, said in enumerate(told) if said is not None}
-    joint = kind("; ".join(f"rank {rank}: {text}" for rank, (text, _) in known.items()))
-    for name, value in (kept or next(iter(known.values()))[1]).items():
+    """Raise `kind` on all processes. failure: the error of this process, or None."""
+    attributes = {} if failure is None else {**vars(failure), "errno": getattr(failure, "errno", None)}
+    plain = {name: value for name, value in attributes.items() if isinstance(value, (str, int, float))}
+    reports = gather_lists(accelerator, [None if failure is None else (str(failure), plain)])
+    failures = {rank: report for rank, report in enumerate(reports) if report is not None}
+    joint = kind("; ".join(f"rank {rank}: {text}" for rank, (text, _) in failures.items()))
+    for name, value in (attributes or next(iter(failures.values()))[1]).items():
         setattr(joint, name, value)
     raise joint from failure
 
 
 @contextmanager
 def writes(accelerator):
-    """For writing files, on one process or on all, without any exchange inside. A write that fails on one
-    process raises OSError on all of them."""
+    """Context for writing files, without exchanges inside. OSError on all processes if one cannot write."""
     with together(accelerator, OSError):
         try:
             yield
         except SafetensorError as error:
-            # The class says no more than "not written", which on a folder that could be made means: the disk
-            # is full.
+            # The class says only "not written"; in a folder that could be made, that means a full disk.
             raise OSError(errno.ENOSPC, str(error)) from error
 
 
 def end(accelerator):
-    """Close the trackers and the group of processes. All processes must call it, as the last thing they do.
-
-    The threads of gloo release a sum's tensors a moment after the sum is known, and need Python's lock for
-    it. Ending the group waits for these threads and holds the lock.
-    """
+    """Close the trackers and the group of processes. The last call of every process."""
     accelerator.wait_for_everyone()
-    time.sleep(0.1)     # a pause and no more: gloo does not say when its threads have released the tensors
+    # gloo's threads release a sum's tensors a moment after the sum is known, and need Python's lock for it.
+    # Ending the group holds that lock and waits for them. gloo does not say when they are done: so, a pause.
+    time.sleep(0.1)
     accelerator.end_training()
 
 
@@ -244,19 +233,17 @@ def zero_stage(accelerator):
 
 
 def unwrap(model):
-    """The model inside DDP's wrapper or DeepSpeed's engine. accelerate's function for it would import
-    deepspeed first."""
+    """The model inside DDP's wrapper or DeepSpeed's engine. (accelerate's own function imports deepspeed.)"""
     return getattr(model, "module", model)
 
 
 def quantized(model):
-    """True for a model that is loaded in 8 or 4 bits. It can be neither moved, wrapped nor sharded."""
+    """True for a model loaded in 8 or 4 bits. It can be neither moved, wrapped nor sharded."""
     return getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
 
 
 def prepare_model(accelerator, model, optimizer, micro_batch_size, max_grad_norm, accumulation_steps=1):
-    """-> model and optimizer as they train in this run: unchanged, in DDP, or as a DeepSpeed engine and its
-    optimizer.
+    """-> model and optimizer as this run trains them: unchanged, in DDP, or as DeepSpeed's engine.
 
     ValueError: accelerate's or DeepSpeed's config says something else than PPOConfig.
     """
@@ -280,23 +267,20 @@ def prepare_model(accelerator, model, optimizer, micro_batch_size, max_grad_norm
         settings[name] = value
     # PPO decides when an optimizer step is complete. DeepSpeed must neither count mini-batches nor divide.
     settings["gradient_accumulation_steps"], settings["managed_gradient_accumulation"] = 1, False
-    # With offload DeepSpeed would otherwise replace any optimizer, SGD too, by its own CPU Adam without
-    # saying so.
+    # Otherwise, with offload, DeepSpeed silently replaces any optimizer, SGD too, by its own CPU Adam.
     settings["zero_force_ds_cpu_optimizer"] = False
     return accelerator.prepare(model, optimizer)
 
 
 def prepare_reference(accelerator, model):
-    """-> the frozen reference on the device, and under ZeRO-3 sharded like the policy. A quantized one is
-    left as it is."""
+    """-> the frozen reference on the device; sharded under ZeRO-3; as it is if it is quantized."""
     if quantized(model):
         return model
     plugin = accelerator.state.deepspeed_plugin
     if zero_stage(accelerator) < 3:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         if half is not None and plugin is not None:
-            # DeepSpeed casts the policy, which autocast would not. Uncast, the reference would differ at the
-            # first step.
+            # DeepSpeed casts the policy, so the reference has to be cast to be equal at the first step.
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(half)
         return model.to(accelerator.device)
@@ -310,13 +294,11 @@ def prepare_reference(accelerator, model):
 
 @contextmanager
 def unwrapped_for_generation(accelerator, model, gather=True, batches=1):
-    """Context that gives (bare model, in_step); neither DDP's wrapper nor DeepSpeed's engine has a
-    `generate`.
+    """Context -> (bare model, in_step), as neither DDP's wrapper nor DeepSpeed's engine has a `generate`.
 
-    gather: under ZeRO-3, hold all weights on every process: one exchange per rollout, but the whole model
-    must fit into memory. False: layer by layer; every forward pass is a collective operation. Then in_step is
-    True: all must go on until the last one has its EOS. batches: how many this process generates, the same
-    number on all.
+    gather: under ZeRO-3, hold all weights on every process: one exchange per rollout, but all must fit into
+    memory. False: layer by layer, so every forward pass is a collective operation, and in_step is True: all
+    go on until the last one has its EOS. batches: how many this process generates; the same on all.
     """
     bare = getattr(model, "module", model)
     sharded = any(hasattr(p, "ds_id") for p in bare.parameters())
@@ -348,8 +330,8 @@ def gathered(bare, optimizer):
 
 
 def full_state_dict(accelerator, model):
-    """-> all weights at any ZeRO stage, on the main process; elsewhere it may be empty. Under ZeRO-3 they are
-    on the CPU. All processes must call it."""
+    """-> all weights, at any ZeRO stage, on the main process; elsewhere it may be empty. Under ZeRO-3 they
+    are on the CPU. All processes must call it."""
     bare = unwrap(model)
     if zero_stage(accelerator) < 3:
         return bare.state_dict()
@@ -364,8 +346,7 @@ def full_state_dict(accelerator, model):
 
 
 def whole_weights(model):
-    """Context in which a model that was loaded in shares (zero3_init_flag) is whole, so that it can be
-    copied."""
+    """Context in which a model that was loaded in shares (zero3_init_flag) is whole and can be copied."""
     parameters = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if not parameters:
         return nullcontext()
@@ -374,24 +355,21 @@ def whole_weights(model):
 
 
 def whole_numel(parameter):
-    """Number of elements of the whole parameter, of which this process holds only a share under ZeRO-3."""
+    """Number of elements of the whole parameter; under ZeRO-3 this process holds only a share of them."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def first_not_finite(model):
-    """-> name of the first weight with NaN or infinity in the part that this process holds; None if all are
-    finite."""
+    """-> name of the first weight with NaN or infinity in the part that this process holds, or None."""
     parts = {}
     for name, parameter in unwrap(model).named_parameters():
         parts[name] = parameter.detach()
         if hasattr(parameter, "ds_tensor"):
-            # ZeRO-3: a share, without the padding of the last share, which DeepSpeed never writes and which
-            # may be NaN
+            # ZeRO-3: this process's share, without the padding of the last one, which may hold anything
             share = parameter.ds_tensor.detach()
             before = parameter.ds_zero_partition_rank * share.numel()
             parts[name] = share[:max(0, parameter.ds_numel - before)]
-    # A sum reads them fastest. It may overflow although no weight is infinite, so it only says that one has
-    # to look.
+    # A sum is the fastest look. It may overflow though all weights are finite, so then each one is looked at.
     if torch.stack([part.sum().float() for part in parts.values()]).isfinite().all():
         return None
     return next((name for name, part in parts.items() if not part.isfinite().all()), None)
@@ -402,13 +380,12 @@ def first_not_finite(model):
 
 @contextmanager
 def accumulate(accelerator, model, last):
-    """Context of the forward and backward pass of one mini-batch. -> function(loss) that adds its gradients.
+    """Context of one mini-batch's forward and backward pass. -> function(loss) that adds its gradients.
 
-    Only the last mini-batch of an optimizer step exchanges gradients between processes. Under DeepSpeed the
-    engine's own backward is used, as accelerate's would also take the optimizer step.
+    Only the last mini-batch of an optimizer step exchanges gradients between processes.
     """
     if accelerator.state.deepspeed_plugin is not None:
-        yield model.backward
+        yield model.backward        # the engine's: accelerate's would also take the optimizer step
         return
     with accelerator.no_sync(model) if accelerator.num_processes > 1 and not last else nullcontext():
         yield accelerator.backward
@@ -417,23 +394,20 @@ def accumulate(accelerator, model, last):
 def take_step(accelerator, model, optimizer, max_grad_norm=None):
     """One optimizer step with the gradients added so far. -> their norm over all processes before clipping.
 
-    None: no step was taken because a gradient overflowed in fp16, which is normal: the scale of the loss is
-    lowered. NaN or infinity: no step was taken either. In both cases drop_step has to follow.
+    None: in fp16 a gradient overflowed, which is normal, and the loss scale was lowered. Then, and where the
+    norm is NaN or infinity, no step was taken: call drop_step.
     """
     if accelerator.state.deepspeed_plugin is not None:
         model.step()                            # clips by the value that prepare_model put into its settings
         # Where ZeRO-3 took no step, it still has the norm of the step before.
         norm = float(model.get_global_grad_norm()) if model.was_step_applied() else float("nan")
         return None if model.fp16_enabled() and not np.isfinite(norm) else norm
-    # The optimizer may hold a part of the model. A list, because an iterator would be empty from the second
-    # step on.
+    # of the optimizer, which may hold a part of the model
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     accelerator.unscale_gradients()             # fp16
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if np.isfinite(norm):
-        # Clipping by a norm that is not finite would spoil every gradient, and nobody could tell which one
-        # was bad.
-        if max_grad_norm is not None:
+        if max_grad_norm is not None:           # by a norm that is not finite it would spoil every gradient
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(norm))
         optimizer.step()
         model.zero_grad()
@@ -444,15 +418,15 @@ def take_step(accelerator, model, optimizer, max_grad_norm=None):
 
 
 def drop_step(accelerator, model, optimizer):
-    """Forget the gradients added so far. Weights and optimizer state stay as they were; a step with gradients
-    of 0 would still move the weights, by Adam's momentum."""
+    """Forget the gradients added so far. (A step with gradients of 0 would move weights by Adam's momentum.)
+    """
     if accelerator.state.deepspeed_plugin is None:
         model.zero_grad()
         return
     optimizer.zero_grad()
     zero = model.optimizer
     zero.zero_grad()
-    # zero_grad leaves the shares that were exchanged already, and the next backward pass would add to them.
+    # zero_grad leaves the shares that were exchanged already; the next backward pass would add to them.
     for shares in (getattr(zero, "averaged_gradients", {}), getattr(zero, "all_grad_tensors", {})):
         for group in shares:
             shares[group] = None
@@ -464,11 +438,7 @@ def drop_step(accelerator, model, optimizer):
 
 
 def clear_device_cache(device):
-    """Give the device's cached blocks back to its allocator, so that the next phase can use the memory in
-    other sizes.
-
-    Helps when generation and update take turns to fill the memory.
-    """
+    """Free the device's cached blocks, so that the next phase can use the memory in blocks of other sizes."""
     gc.collect()
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
@@ -482,8 +452,7 @@ def peak_memory(device):
     line = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     if line is not None:
         return 1024 * int(line[1])
-    # The second choice where there is no such file: it starts with the peak of the program that started this
-    # one.
+    # Without that line (macOS): this number starts with the peak of the program that started this one.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak        # Linux counts in KiB
 

@@ -48,12 +48,12 @@ class PPOConfig:
     # ---- the run
     model_name: str = knob("gpt2", "language model to train: a folder or a hub id")
     reward_model: Optional[str] = knob(None, "text classifier that gives the scores: a folder or a hub id")
-    seed: int = knob(0, "read by scripts/train.py before any model is made; the same seed gives the same run")
+    seed: int = knob(0, "read by scripts/train.py; the same seed gives the same run")
     log_with: Optional[Literal["wandb", "tensorboard"]] = knob(None, "also log to: wandb or tensorboard")
-    tracker_project_name: str = knob("plainppo", "project name that the tracker files the run under")
-    # ---- batches, in samples: batch_size = a whole number of (mini_batch_size x gradient_accumulation_steps)
+    tracker_project_name: str = knob("plainppo", "project of the run in the tracker")
+    # ---- batches: batch_size is a multiple of mini_batch_size x gradient_accumulation_steps
     batch_size: int = knob(128, "responses per step() and process")
-    mini_batch_size: Optional[int] = knob(None, "responses per forward pass; default: batch_size")
+    mini_batch_size: Optional[int] = knob(None, "responses per forward pass and process; default: batch_size")
     gradient_accumulation_steps: int = knob(1, "mini-batches per optimizer step")
     ppo_epochs: int = knob(4, "passes over each batch of responses")
     # ---- optimizer
@@ -288,8 +288,8 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
     return arguments
 
 
-# What an update measures per token, kept as sums: they can be added over mini-batches and processes, and be
-# divided once, by the number of tokens that they cover.
+# What an update measures per token. It is summed, over mini-batches and processes too, and divided once, by
+# the number of all these tokens.
 TERMS = (
     "loss/policy",              # what is minimised, see policy_loss
     "loss/value",               # see value_loss
@@ -298,7 +298,7 @@ TERMS = (
     "policy/policykl",    # minus the log-ratio (k1): the same, unbiased and noisy; early stopping looks at it
     "policy/clipfrac",          # share of tokens without gradient; 0 = could learn faster, 0.5 = far too fast
     "policy/advantages_mean",
-    "policy/ratio_mean",    # leaves 1 only if the learning rate is too high, or the sampler is not the policy
+    "policy/ratio_mean",    # far from 1: the learning rate is too high, or the sampler is not the policy
     "returns/mean",
     "returns/square",           # becomes returns/var
     "val/vpred",                # new values

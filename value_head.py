@@ -83,12 +83,12 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load from a folder or a hub id, or wrap a model that is already loaded.
 
-        HEAD_ARGUMENTS go to ValueHead, all others to `AutoModelForCausalLM.from_pretrained`. A model loaded
-        with `load_in_8bit=True` or `load_in_4bit=True` can be a reference but not trained. A saved head is
-        loaded, or else a new one is made. No pickle is executed, and no code from the folder unless
-        `trust_remote_code=True` is given. ValueError: no model is found, or a part of it would be random.
+        HEAD_ARGUMENTS go to ValueHead, all others to `AutoModelForCausalLM.from_pretrained`. A saved head is
+        loaded, or else a new one is made. With `load_in_8bit=True` or `load_in_4bit=True` the model can only
+        be a reference. No pickle is executed, and no code from the folder without `trust_remote_code=True`.
+        ValueError: no model is found, or a part of it would be random.
         """
-        head_arguments = {k: kwargs.pop(k) for k in HEAD_ARGUMENTS if k in kwargs}
+        head_arguments = {key: kwargs.pop(key) for key in HEAD_ARGUMENTS if key in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             return cls(pretrained_model_name_or_path, **head_arguments)
         name = os.fspath(pretrained_model_name_or_path)
@@ -102,7 +102,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             with without_report_of_head():
                 language_model, report = AutoModelForCausalLM.from_pretrained(
                     name, *args, output_loading_info=True, **kwargs)
-            head = find_value_head(name, **{k: kwargs[k] for k in PLACE_ARGUMENTS if k in kwargs})
+            head = find_value_head(name, **{key: kwargs[key] for key in PLACE_ARGUMENTS if key in kwargs})
         except OSError as error:
             raise ValueError(f"no model found at {name!r}: it is neither a folder with config.json and "
                              "weights nor a hub id that could be reached or is cached; pass a folder made by "
@@ -128,22 +128,22 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """-> (lm_logits (B, T, V) float32, loss or None, values (B, T) float32[, past_key_values]).
 
         input_ids, attention_mask: (B, T), padded on either side; 1 in the mask = a real token.
-        logit_positions: (B, R) columns of T. With it, logits are (B, R, V) and values (B, R), at those
-        columns only. The largest tensor of a PPO step, logits (B, T, V) with prompt and padding, is not made.
+        logit_positions: (B, R) columns of T; then logits are (B, R, V) and values (B, R), of these columns,
+        and the largest tensor of a PPO step, logits (B, T, V) with prompt and padding, is not made.
         """
         if position_ids is None and attention_mask is not None and self.takes_position_ids:
             # Position 0 is the first real token, wherever the padding is. Padding gets 0, without effect.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)          # (B, past + T)
-            position_ids = position_ids[:, -input_ids.shape[1]:]          # (B, T)
+            position_ids = position_ids[:, -input_ids.shape[1]:]                        # (B, T)
         if position_ids is not None:
             kwargs["position_ids"] = position_ids
         head_inputs = []
 
         def read_input(_, inputs):
-            hidden = inputs[0]          # (B, T, H)
+            hidden = inputs[0]                                                          # (B, T, H)
             if logit_positions is not None:
                 index = logit_positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-                hidden = hidden.gather(1, index)          # (B, R, H)
+                hidden = hidden.gather(1, index)                                        # (B, R, H)
             head_inputs.append(hidden)
             return (hidden,) + inputs[1:]
 
@@ -154,7 +154,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
                                            past_key_values=past_key_values, **kwargs)
         finally:
             handle.remove()
-        values = self.v_head(head_inputs[0]).squeeze(-1).float()          # (B, T) or (B, R)
+        values = self.v_head(head_inputs[0]).squeeze(-1).float()                        # (B, T) or (B, R)
         result = (output.logits.float(), output.loss, values)
         return result + (output.past_key_values,) if return_past_key_values else result
 
@@ -184,8 +184,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def save_pretrained(self, folder, **kwargs):
         """Write config.json and safetensors; transformers loads them too, without the head."""
         kwargs.setdefault("state_dict", self.state_dict())
-        # from_pretrained warns if the head is missing from a folder with this entry in config.json. The entry
-        # does not stay in the config: the language model may also be saved alone, without the head.
+        # With this entry in config.json, from_pretrained warns if the folder has no head. It does not stay
+        # in the config, because the language model may also be saved alone.
         self.config.value_head = True
         self.pretrained_model.save_pretrained(folder, **kwargs)
         del self.config.value_head
@@ -195,10 +195,10 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 def refuse_partly_random(name, model, report):
     """ValueError if weights and config.json do not fit. report: the loading_info of transformers.
 
-    transformers draws missing tensors at random and leaves out unknown ones, with a warning. A tensor that is
-    left out of a layer is often an old buffer and harmless; a whole layer that is left out is not.
+    transformers makes missing tensors at random and leaves out unknown ones, with a warning. A tensor that is
+    unknown in a layer is often an old buffer and harmless; a whole unknown layer is not.
     """
-    # A classifier whose lm_head is tied to the embedding misses no tensor, but its lm_head was not trained.
+    # A classifier with an lm_head tied to the embedding misses no tensor, but its lm_head was not trained.
     for tensor in sorted(report["unexpected_keys"]):
         if tensor.split(".")[0] in ("score", "classifier", "qa_outputs"):
             raise ValueError(f"the model {name!r} is a classifier: its weights hold {tensor} and 0 trained "
@@ -230,7 +230,7 @@ def translate_bits(kwargs):
 
 
 def keep_on_one_device(kwargs):
-    """Replace device_map="auto", which spreads a model over all devices: PPO needs one device per process."""
+    """Replace device_map="auto", which spreads a model over devices: PPO needs one device per process."""
     on_gpu = torch.cuda.is_available()
     if kwargs.get("device_map") == "auto" and (on_gpu or int(os.environ.get("WORLD_SIZE", 1)) > 1):
         kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"}
