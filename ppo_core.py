@@ -1,13 +1,13 @@
 """Proximal policy optimization for language models: the settings, the maths, and the trainer that joins them.
 
-Why: a reward says how good a whole response was, not which token made it so, and the text that earned it is
-stale after the first update. PPO spreads the reward over the tokens by generalised advantage estimation
-(GAE), and clips each update so that a few epochs over the same responses stay safe.
+Why: a reward says how good a whole response was, not which token made it so, and after one optimizer step the
+response is no longer the policy's own. PPO spreads the reward over the tokens by generalised advantage
+estimation (GAE), and clips each update so that a few epochs over the same responses stay safe.
 Source: Schulman et al. 2017 (PPO, arXiv 1707.06347), Schulman et al. 2016 (GAE, arXiv 1506.02438), Ziegler et
 al. 2019 (PPO for language models, arXiv 1909.08593). Names, defaults and statistics are those of TRL 0.11.4.
-Differs from TRL 0.11.4 in: see docs/differences.md. In short, every mean is over the response tokens of all
-processes and of the whole optimizer step, and the distribution that is trained is the one that was sampled.
-Left out on purpose: all that only saves time or memory. That is speed.py, which gives the same numbers.
+Differs from TRL 0.11.4 in: see docs/differences.md. In short, the loss is a mean over the response tokens of
+all processes and of the whole optimizer step; the distribution that is sampled is the one that is trained.
+Left out on purpose: what only makes a step faster. speed.py does that, with the same numbers.
 Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer to this picture):
 
       query (Q tokens)   response (R tokens)   padding on the right in training, on the left in generation
@@ -17,7 +17,7 @@ Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer
       rewards           -k -k -k -k+score      k = kl_coef * kl[t]
 
     input_ids, attention_mask: (B, T), T = the longest query + response. Response tokens: (B, R).
-Copy me: the upper half needs torch and numpy; the trainer needs checks.py and the five concept files.
+Copy me: the upper half needs torch and numpy; the trainer needs checks.py and the other concept files.
 Tested by tests/test_ppo_core.py and, number by number against TRL, by tests/test_golden.py.
 """
 import copy
@@ -43,7 +43,7 @@ def knob(default, help):
 
 @dataclass
 class PPOConfig:
-    """Settings of PPOTrainer, with TRL 0.11.4's names and defaults. ValueError: a value that cannot work."""
+    """Settings of PPOTrainer, with TRL 0.11.4's names and defaults. ValueError: the settings cannot work."""
 
     # ---- the run
     model_name: str = knob("gpt2", "language model to train: a folder or a hub id")
@@ -57,7 +57,7 @@ class PPOConfig:
     gradient_accumulation_steps: int = knob(1, "mini-batches per optimizer step")
     ppo_epochs: int = knob(4, "passes over each batch of responses")
     # ---- optimizer
-    learning_rate: float = knob(1.41e-5, "of the default Adam")
+    learning_rate: float = knob(1.41e-5, "of Adam, the default optimizer")
     max_grad_norm: Optional[float] = knob(None, "clip the gradient's norm to this; default: no clipping")
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     # ---- the KL penalty, in nats
@@ -69,7 +69,7 @@ class PPOConfig:
     # ---- advantages
     gamma: float = knob(1.0, "discount per token; 1 = none, as responses are short")
     lam: float = knob(0.95, "GAE's lambda; 1 = Monte Carlo returns, 0 = one-step differences")
-    whiten_rewards: bool = knob(False, "divide rewards by their std, keep their mean: [1, 3] -> [1.29, 2.71]")
+    whiten_rewards: bool = knob(False, "scale rewards around their mean to std 1: [1, 3] -> [1.29, 2.71]")
     # ---- the loss
     cliprange: float = knob(0.2, "the ratio new/old probability is clipped to 1 +- this")
     cliprange_value: float = knob(0.2, "a new value is clipped to the old one +- this, in units of reward")
@@ -78,15 +78,15 @@ class PPOConfig:
     early_stopping: bool = knob(False, "end a step's epochs once the policy moved more than 1.5 x target_kl")
     target_kl: float = knob(1.0, "nats per token, new policy against rollout policy; see early_stopping")
     # ---- sampling
-    temperature: float = knob(1.0, "divides all logits: sampler, policy, update and reference")
+    temperature: float = knob(1.0, "divides all logits: of sampler, rollout, update and reference")
     # ---- scores, in units of the reward model
     use_score_scaling: bool = knob(False, "divide scores by the standard deviation of all scores so far")
     use_score_norm: bool = knob(False, "also subtract their mean; needs use_score_scaling")
     score_clip: Optional[float] = knob(None, "clip processed scores to +- this; default: no clipping")
     # ---- memory
-    optimize_device_cache: Optional[bool] = knob(None, "empty the device cache between phases")
+    optimize_device_cache: Optional[bool] = knob(None, "empty the device cache before and after the update")
     optimize_cuda_cache: Optional[bool] = knob(None, "older name of optimize_device_cache")
-    ds3_gather_for_generation: bool = knob(True, "ZeRO-3: gather all weights for a rollout; or by layer")
+    ds3_gather_for_generation: bool = knob(True, "ZeRO-3: gather all weights for a rollout; False: by layer")
 
     def __post_init__(self):
         if self.mini_batch_size is None:
@@ -125,27 +125,27 @@ class PPOConfig:
 
 
 # -------------------------------------------------------------------------------------------------- the maths
-# Pure functions. A mask is 1 for a token that counts. `reduce` sums a tensor over all processes.
+# Functions of tensors alone. A mask is 1 for a token that counts. `reduce` sums a tensor over all processes.
 
 
-def one_process(tensor):
+def sum_over_one_process(tensor):
     return tensor
 
 
-def masked_mean(values, mask, reduce=one_process):
+def masked_mean(values, mask, reduce=sum_over_one_process):
     """Mean of values (B, R) where mask (B, R) is 1, over all processes; 0 if there is no such token. -> ()"""
     total, count = reduce(torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)]))
     return total / count.clamp(min=1)
 
 
-def masked_var(values, mask, reduce=one_process):
+def masked_var(values, mask, reduce=sum_over_one_process):
     """Sample variance (n - 1) of values (B, R) where mask is 1, over all processes; 0 if n < 2. -> ()"""
     centered = values - masked_mean(values, mask, reduce)
     total, count = reduce(torch.stack([(centered.square() * mask).sum(), mask.sum().to(values.dtype)]))
     return total / (count - 1).clamp(min=1)
 
 
-def masked_whiten(values, mask, shift_mean=True, reduce=one_process):
+def masked_whiten(values, mask, shift_mean=True, reduce=sum_over_one_process):
     """(B, R) -> (B, R) with variance 1, and mean 0 if shift_mean, over the tokens of all processes."""
     mean, var = masked_mean(values, mask, reduce), masked_var(values, mask, reduce)
     whitened = (values - mean) * torch.rsqrt(var + 1e-8)
@@ -170,14 +170,14 @@ def gae(rewards, values, mask, gamma, lam):
     rewards, values, mask: (B, R) -> advantages (B, R), returns (B, R) = advantages + values, both before
     whitening. The value after the last token is 0. A token masked in the middle counts as value 0, as in TRL.
     """
-    rewards, values = rewards * mask, values * mask    # or lambda would carry back what stands in the padding
+    rewards, values = rewards * mask, values * mask    # or what stands in the padding would be carried back
     advantages = torch.zeros_like(rewards)
-    last = torch.zeros_like(rewards[:, 0])                                                      # (B,)
+    advantage = torch.zeros_like(rewards[:, 0])                              # (B,), of the token after t
     for t in reversed(range(rewards.shape[1])):
         next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        last = delta + gamma * lam * last
-        advantages[:, t] = last
+        advantage = delta + gamma * lam * advantage
+        advantages[:, t] = advantage
     return advantages, advantages + values
 
 
@@ -187,21 +187,21 @@ def policy_loss(new_logprobs, logprobs, advantages, cliprange):
     -> loss, ratio, clipped (1 where clipping took the gradient away), each (B, R). The caller takes the
     mean, because only the caller knows how many tokens the optimizer step has.
     """
-    ratio = torch.exp(new_logprobs - logprobs)     # 1 at the first update, so clipping starts with the second
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
-    return torch.maximum(unclipped, clipped), ratio, (clipped > unclipped).float()
+    ratio = torch.exp(new_logprobs - logprobs)     # 1 at the first optimizer step, which clips nothing
+    loss = -advantages * ratio
+    clipped_loss = -advantages * ratio.clamp(1.0 - cliprange, 1.0 + cliprange)
+    return torch.maximum(loss, clipped_loss), ratio, (clipped_loss > loss).float()
 
 
 def value_loss(new_values, values, returns, cliprange_value):
-    """Half the squared error, the new value clipped to the old one +- cliprange_value (OpenAI's baselines).
+    """Half the squared error of the new value, or of it clipped to the old one +- cliprange_value if that is
+    larger: clipping never makes an error look smaller. From OpenAI's baselines.
 
     All (B, R) -> loss (B, R), clipped (B, R): 1 where the clipped error was the larger.
     """
-    # The larger of the two, as for the policy: clipping may hide an improvement, but never a mistake.
-    near = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
-    unclipped, clipped = (new_values - returns).square(), (near - returns).square()
-    return 0.5 * torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+    clipped_values = torch.clamp(new_values, values - cliprange_value, values + cliprange_value)
+    error, clipped_error = (new_values - returns).square(), (clipped_values - returns).square()
+    return 0.5 * torch.maximum(error, clipped_error), (clipped_error > error).float()
 
 
 def collate(queries, responses, response_masks, pad_token_id):
@@ -254,7 +254,8 @@ class LengthSampler:
         return int(np.random.choice(self.values))
 
 
-# Settings of `generate` that never change the sampled distribution; and others, with the values that do not.
+# Settings of `generate` that never change the sampled distribution; and others, with the values that do not
+# change it. Of these values the first is passed to `generate`, unless it is None.
 HARMLESS = {"max_new_tokens", "max_length", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache"}
 NEUTRAL = {"do_sample": (True,), "top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None),
            "typical_p": (1.0, None), "repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None),
@@ -276,10 +277,10 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
     neutral = {"temperature": (temperature,), **NEUTRAL}
     arguments = {name: values[0] for name, values in neutral.items() if values[0] is not None}
     for name, value in overrides.items():
-        changes = value not in neutral.get(name, ())
-        if name in HARMLESS or (changes and allow_other_distribution):
+        same_distribution = value in neutral.get(name, ())
+        if name in HARMLESS or (allow_other_distribution and not same_distribution):
             arguments[name] = value
-        elif changes:
+        elif not same_distribution:
             expected = neutral.get(name, ("nothing",))[0]
             where = "; set it in PPOConfig" if name == "temperature" else ""
             raise ValueError(f"generate(..., {name}={value!r}) would sample from another distribution than "
@@ -291,12 +292,12 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
 # What an update measures per token. It is summed, over mini-batches and processes too, and divided once, by
 # the number of all these tokens.
 TERMS = (
-    "loss/policy",              # what is minimised, see policy_loss
+    "loss/policy",              # see policy_loss; what is minimised is this + vf_coef * loss/value
     "loss/value",               # see value_loss
     "policy/entropy",           # nats; falls slowly while the policy learns, and at once when it collapses
     "policy/approxkl",          # half the squared log-ratio (k2): how far these epochs have moved the policy
     "policy/policykl",    # minus the log-ratio (k1): the same, unbiased and noisy; early stopping looks at it
-    "policy/clipfrac",          # share of tokens without gradient; 0 = could learn faster, 0.5 = far too fast
+    "policy/clipfrac",   # share of tokens without policy gradient; 0 = could learn faster, 0.5 = far too fast
     "policy/advantages_mean",
     "policy/ratio_mean",    # far from 1: the learning rate is too high, or the sampler is not the policy
     "returns/mean",
@@ -320,12 +321,12 @@ from checks import BadNumbers                           # noqa: E402, F401  (use
 
 
 class PPOTrainer:
-    """generate() responses, score them as you like, step() on them.
+    """Trains a policy: generate() samples responses, you score them, step() updates the policy.
 
     config: PPOConfig. model: AutoModelForCausalLMWithValueHead. ref_model: the same class, or None for a
-    frozen copy that shares `num_shared_layers` layers. tokenizer: of the model. dataset: gives `.dataloader`,
-    shuffled, in batches of batch_size through data_collator. optimizer: default Adam over the trainable
-    parameters. lr_scheduler: stepped once per step(). accelerator: default: from distributed.start().
+    frozen copy that shares `num_shared_layers` layers. tokenizer: of the model. dataset: then `.dataloader`
+    gives shuffled batches of batch_size rows, joined by data_collator. optimizer: default Adam over the
+    trainable parameters. lr_scheduler: stepped once per step(). accelerator: default: distributed.start().
     """
 
     def __init__(self, config=None, model=None, ref_model=None, tokenizer=None, dataset=None, optimizer=None,
@@ -339,14 +340,15 @@ class PPOTrainer:
         folder = "runs" if config.log_with else None
         self.accelerator = accelerator or distributed.start(log_with=config.log_with, project_dir=folder)
         self.reduce = distributed.sum_over_processes(self.accelerator)
-        self.together = functools.partial(distributed.together, self.accelerator)
+        self.together = functools.partial(distributed.together, self.accelerator)       # for checks.py
         self.prepare(model, ref_model, optimizer, num_shared_layers)
         self.dataloader = self.make_dataloader(dataset, data_collator) if dataset is not None else None
-        self.kl_ctl = rewards.FixedKLController(config.init_kl_coef)
         if config.adap_kl_ctrl:
             self.kl_ctl = rewards.AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+        else:
+            self.kl_ctl = rewards.FixedKLController(config.init_kl_coef)
         self.score_moments = rewards.RunningMoments()
-        self.steps_done, self.where = 0, "before the first step"       # `where` is what an error message says
+        self.steps_done, self.where = 0, "before the first step"       # `where` is for error messages
         if config.log_with is not None:
             settings = {k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))}
             trackers = distributed.tracker_arguments(config.log_with, self.accelerator.logging_dir)
@@ -371,7 +373,7 @@ class PPOTrainer:
             config.gradient_accumulation_steps)
         self.ref_model = distributed.prepare_reference(self.accelerator, ref_model)
         self.rounded_reference = distributed.quantized(ref_model)
-        self.language_model = distributed.unwrap(self.model)
+        self.language_model = distributed.unwrap(self.model)       # with its value head, without any wrapper
         self.first_bad_weight = functools.partial(distributed.first_not_finite, self.model)
 
     def make_dataloader(self, dataset, data_collator):
@@ -394,17 +396,17 @@ class PPOTrainer:
         query_tensor: (Q,) -> (1, Q + R); or a list of (Q_i,) -> a list of (Q_i + R_i,), each cut after its
         first EOS. batch_size: queries at once. length_sampler: callable that gives max_new_tokens of a batch.
         return_prompt=False leaves the prompt out. generate_ref_response: -> (responses, the reference's).
-        ValueError: a setting that would change the distribution, or more tokens than the model has positions;
+        ValueError: a setting that changes the distribution, or more tokens than the model has positions.
         BadNumbers, on this process alone: logits that are not finite.
         """
         single = torch.is_tensor(query_tensor)
         queries = [query_tensor] if single else query_tensor
         gather = self.config.ds3_gather_for_generation
         arguments = sampling_arguments(self.config.temperature, generation_kwargs, allow_other_distribution)
-        batches, results = -(-len(queries) // batch_size), []
+        batch_count, results = -(-len(queries) // batch_size), []
         for model in (self.model, self.ref_model) if generate_ref_response else (self.model,):
             responses = []
-            unwrapped = distributed.unwrapped_for_generation(self.accelerator, model, gather, batches)
+            unwrapped = distributed.unwrapped_for_generation(self.accelerator, model, gather, batch_count)
             with unwrapped as (bare, arguments["synced_gpus"]):
                 for start in range(0, len(queries), batch_size):
                     if length_sampler is not None:
@@ -425,7 +427,7 @@ class PPOTrainer:
         device, inner = self.accelerator.device, language_model.pretrained_model
         input_ids = pad(list(queries), padding_value=self.tokenizer.pad_token_id).to(device)          # (B, Q)
         attention_mask = pad([torch.ones_like(q) for q in queries]).to(device)                        # (B, Q)
-        # Many models ship a top_k or a repetition penalty. It would fill what `arguments` does not say.
+        # Many models ship a top_k, say. `generate` would use it where `arguments` does not name it.
         shipped, inner.generation_config = inner.generation_config, GenerationConfig()
         language_model.eval()
         try:
@@ -434,8 +436,8 @@ class PPOTrainer:
         finally:
             inner.generation_config = shipped
         responses = tokens[:, input_ids.shape[1]:]                                                    # (B, R)
-        ended = torch.isin(responses, torch.as_tensor(arguments["eos_token_id"], device=device)).long()
-        lengths = (ended.cumsum(1) - ended == 0).sum(1)         # with the first EOS, where there is one
+        is_eos = torch.isin(responses, torch.as_tensor(arguments["eos_token_id"], device=device)).long()
+        lengths = (is_eos.cumsum(1) - is_eos == 0).sum(1)       # of the tokens that have no EOS before them
         return [row[:n] for row, n in zip(responses, lengths.tolist())]
 
     # ---------------------------------------------------------------------------------------------- step
@@ -445,20 +447,22 @@ class PPOTrainer:
 
         queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers.
         response_masks: B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say).
-        ValueError: wrong arguments. BadNumbers: NaN or infinity; it has not changed weights or optimizer.
+        ValueError: wrong arguments. BadNumbers: NaN or infinity, which has reached neither weights nor
+        optimizer; optimizer steps that this call took before it stay.
         """
         config, device, times = self.config, self.accelerator.device, [time.perf_counter()]
         checks.check_batch(self, queries, responses, scores, response_masks)
         batch = collate([q.to(device) for q in queries], [r.to(device) for r in responses], response_masks,
                         self.tokenizer.pad_token_id)
-        mask, moments = batch["mask"], copy.copy(self.score_moments)                                # (B, R)
+        mask, scaling = batch["mask"], None                                                         # (B, R)
+        moments = copy.copy(self.score_moments)     # kept at the end, so that a refused batch leaves no trace
         batch["raw_scores"] = torch.tensor([float(score) for score in scores], device=device)       # (B,)
         if config.use_score_scaling:
+            scaling = moments
             moments.update(batch["raw_scores"], self.reduce)
-        scaling = moments if config.use_score_scaling else None
         batch["scores"] = rewards.process_scores(batch["raw_scores"], scaling, config.use_score_norm,
                                                  config.score_clip)                                 # (B,)
-        # (a) rollout: the policy's log-probs and values of these tokens, and the reference's log-probs
+        # (a) rollout, second part: log-probs and values of these tokens, and the reference's log-probs
         batch["logprobs"], batch["values"], batch["ref_logprobs"], batch["kl"] = self.record(batch)
         times.append(time.perf_counter())
         # (c) rewards: the KL penalty is paid token by token, the score arrives with the last one
@@ -470,8 +474,8 @@ class PPOTrainer:
         times.append(time.perf_counter())
         # (d) advantages: how much better than expected each token was. Whitened, so that the policy's step
         # does not depend on the scale of the rewards; the returns are not, as the values learn that scale.
-        advantages, batch["returns"] = gae(batch["rewards"], batch["values"], mask, config.gamma, config.lam)
-        batch["advantages"] = masked_whiten(advantages, mask, reduce=self.reduce)
+        unwhitened, batch["returns"] = gae(batch["rewards"], batch["values"], mask, config.gamma, config.lam)
+        batch["advantages"] = masked_whiten(unwhitened, mask, reduce=self.reduce)
         times.append(time.perf_counter())
         # (e) update: the recorded log-probs and values stay what they were, however far the policy moves
         optimizer_steps, ratios = self.update(batch)
@@ -489,7 +493,7 @@ class PPOTrainer:
         return {**stats, "time/ppo/total": times[-1] - times[0]}
 
     def count_step(self):
-        """After a step. Call it yourself after BadNumbers if you go on: the schedule is to end on time."""
+        """Count a step. To go on after BadNumbers call it yourself: the schedule is to end on time."""
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.steps_done += 1
@@ -504,13 +508,13 @@ class PPOTrainer:
 
         keep_logits: logits (b, R, V) in place of the entropy. The exact KL needs those of both models.
         """
-        with self.accelerator.autocast():   # the reference too: in another precision it is another model
+        with self.accelerator.autocast():       # the reference too: both have to compute in one precision
             logits, _, values = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"],
                                       logit_positions=rows["positions"], use_cache=False)
-        logits, padding = logits / self.config.temperature, rows["mask"] == 0                      # (b, R, V)
-        logprobs = logprobs_from_logits(logits, rows["labels"]).masked_fill(padding, 0.0)
-        rest = logits if keep_logits else entropy_from_logits(logits).masked_fill(padding, 0.0)
-        return logprobs, values.masked_fill(padding, 0.0), rest
+        logits, ignored = logits / self.config.temperature, rows["mask"] == 0                      # (b, R, V)
+        logprobs = logprobs_from_logits(logits, rows["labels"]).masked_fill(ignored, 0.0)
+        rest = logits if keep_logits else entropy_from_logits(logits).masked_fill(ignored, 0.0)
+        return logprobs, values.masked_fill(ignored, 0.0), rest
 
     @torch.no_grad()
     def record(self, batch):
@@ -519,10 +523,12 @@ class PPOTrainer:
         all_rows, columns = torch.arange(len(batch["mask"]), device=batch["mask"].device), []        # (B,)
         self.model.eval()
         for _, rows in self.mini_batches(batch, all_rows):
-            logprobs, values, logits = self.forward(self.model, rows, keep_logits=full)
-            ref_logprobs, _, ref_logits = self.forward(self.ref_model, rows, keep_logits=full)
-            kl = (rewards.full_kl(logits, ref_logits).masked_fill(rows["mask"] == 0, 0.0) if full else
-                  rewards.kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty))
+            logprobs, values, rest = self.forward(self.model, rows, keep_logits=full)
+            ref_logprobs, _, ref_rest = self.forward(self.ref_model, rows, keep_logits=full)
+            if full:        # of the logits, where the other kinds need only the log-probs
+                kl = rewards.full_kl(rest, ref_rest).masked_fill(rows["mask"] == 0, 0.0)
+            else:
+                kl = rewards.kl_penalty(logprobs, ref_logprobs, self.config.kl_penalty)
             columns.append(torch.stack([logprobs, values, ref_logprobs, kl]))                      # (4, b, R)
         return torch.cat(columns, 1).unbind(0)
 
@@ -536,7 +542,7 @@ class PPOTrainer:
         optimizer_steps, ratios = [], []
         rows_per_step = self.config.mini_batch_size * self.config.gradient_accumulation_steps
         for epoch in range(self.config.ppo_epochs):
-            # numpy's global generator, as in TRL: the same seed gives the same mini-batches there and here
+            # numpy's global generator, as in TRL: the same seed gives the same mini-batches
             order = torch.from_numpy(np.random.permutation(self.config.batch_size)).to(batch["mask"].device)
             for index in order.split(rows_per_step):
                 self.where = (f"step {self.steps_done + 1}, epoch {epoch + 1}, "
@@ -544,7 +550,7 @@ class PPOTrainer:
                 sums, ratio = self.optimizer_step(batch, index, first=not optimizer_steps)
                 optimizer_steps.append(sums)
                 ratios.append(ratio)
-            # By the sums of all processes of the last optimizer step: all stop, or none does.
+            # By the last optimizer step's sums over all processes: so all of them stop, or none does.
             moved = sums["policy/policykl"] / max(1, sums["tokens"])
             if self.config.early_stopping and moved > 1.5 * self.config.target_kl:
                 break
@@ -559,33 +565,34 @@ class PPOTrainer:
         ratios (tokens,) of this process.
         """
         # The loss is a mean over the tokens of the whole optimizer step and of all processes. A mean of the
-        # mini-batches' means would count tokens of short ones more: ragged responses moved weights 25 % off.
+        # mini-batches' means would weigh the tokens of short responses more: with responses of different
+        # lengths the change of the weights was wrong by 25 %.
         config, collected = self.config, []
         tokens = float(self.reduce(batch["mask"][index].sum().float()))
         count = -(-len(index) // config.mini_batch_size)
         for number, (part, rows) in enumerate(self.mini_batches(batch, index), start=1):
             with distributed.accumulate(self.accelerator, self.model, last=number == count) as backward:
                 loss, terms, ratio = self.minibatch_loss(rows, first)
-                # times the processes, because gradients are averaged over them and `tokens` counts all
+                # times the processes: gradients are averaged over them, but `tokens` is their sum
                 backward(loss / max(1.0, tokens) * self.accelerator.num_processes)
             collected.append((terms, ratio, part))
         terms, ratios, order = zip(*collected)
         terms = torch.cat(terms, 1)                                                               # (TERMS, n)
         sums = dict(zip(TERMS, self.reduce(terms.sum(1)).tolist()))
         checks.check_update(self, sums, terms, torch.cat(order))
-        norm = None
-        # By sums over all processes: all of them take this step, or none does.
+        norm = None         # no step is taken
+        # By sums over all processes: so all of them take this step, or none does.
         if tokens > 0 and sums["policy/ratio_mean"] / tokens <= config.ratio_threshold:
             norm = distributed.take_step(self.accelerator, self.model, self.optimizer, config.max_grad_norm)
         checks.check_gradients(self, norm, index)
         taken = norm is not None and np.isfinite(norm)
         if not taken:
             self.drop_gradients()
-        sums.update(tokens=tokens, skipped=1.0 - taken, grad_norm=norm if taken else 0.0)
+        sums.update(tokens=tokens, skipped=float(not taken), grad_norm=norm if taken else 0.0)
         return sums, torch.cat(ratios)
 
     def drop_gradients(self):
-        """Forget the gradients. A step with gradients of 0 would move weights, by Adam's momentum."""
+        """Forget the gradients of a step that is not taken."""
         distributed.drop_step(self.accelerator, self.model, self.optimizer)
 
     def minibatch_loss(self, rows, first):
@@ -598,6 +605,7 @@ class PPOTrainer:
         new_logprobs, new_values, entropy = self.forward(self.model, rows)
         log_ratio = (new_logprobs - rows["logprobs"]) * mask
         checks.check_ratio(self, log_ratio, mask, first)
+        # Outside the mask the new log-probs are made equal to the old ones: 0 times infinity would be NaN.
         pg_loss, ratio, clipped = policy_loss(rows["logprobs"] + log_ratio, rows["logprobs"], advantages,
                                               config.cliprange)
         vf_loss, vf_clipped = value_loss(new_values, values, returns, config.cliprange_value)
@@ -607,17 +615,18 @@ class PPOTrainer:
             terms = (pg_loss, vf_loss, entropy, 0.5 * log_ratio.square(), -log_ratio, clipped, advantages,
                      ratio, returns, returns.square(), new_values, (new_values - returns).square(),
                      vf_clipped, values, values.square())
-            sums = torch.stack([(term.double() * mask).sum(1) for term in terms])
+            # float64, because variances are differences of these sums
+            sums = torch.stack([(term.double() * mask).sum(1) for term in terms])                 # (TERMS, b)
         return loss, sums, ratio.detach()[mask.bool()]
 
     # ------------------------------------------------------------------------------ (f) book-keeping
 
     def update_stats(self, optimizer_steps):
         """Sums of each optimizer step -> statistics: means over tokens, then over optimizer steps."""
-        rows = {name: np.array([sums[name] for sums in optimizer_steps]) for name in optimizer_steps[0]}
-        tokens = rows["tokens"]                                                           # (optimizer steps,)
-        mean = {name: rows[name] / np.maximum(tokens, 1) for name in TERMS}
-        bessel = tokens / np.maximum(tokens - 1, 1)
+        per_step = {name: np.array([sums[name] for sums in optimizer_steps]) for name in optimizer_steps[0]}
+        tokens = per_step["tokens"]                                                       # (optimizer steps,)
+        mean = {name: per_step[name] / np.maximum(tokens, 1) for name in TERMS}
+        bessel = tokens / np.maximum(tokens - 1, 1)         # sample variances divide by n - 1
         mean["returns/var"] = (mean.pop("returns/square") - mean["returns/mean"] ** 2) * bessel
         mean["val/var"] = (mean.pop("val/square") - mean["val/mean"] ** 2) * bessel
         mean["loss/total"] = mean["loss/policy"] + self.config.vf_coef * mean["loss/value"]
@@ -625,13 +634,13 @@ class PPOTrainer:
         variance = stats["ppo/returns/var"]
         # 1 - error / variance: 1 = the values predict the returns exactly, 0 = no better than their mean
         stats["ppo/val/var_explained"] = 1 - stats["ppo/val/error"] / variance if variance > 0 else 0.0
-        stats["ppo/skipped_steps"] = float(rows["skipped"].sum())
+        stats["ppo/skipped_steps"] = float(per_step["skipped"].sum())
         stats["ppo/optimizer_steps"] = float(len(tokens))
-        stats["ppo/grad_norm"] = float(rows["grad_norm"].mean())
+        stats["ppo/grad_norm"] = float(per_step["grad_norm"].mean())
         return stats
 
     def batch_stats(self, batch):
-        """Statistics of the responses, over all processes."""
+        """Statistics of the responses of all processes; those per token are of this process."""
         raw_scores, scores = batch["raw_scores"], batch["scores"]                              # (B,) each
         mask, kl = batch["mask"], batch["kl"].sum(1)                                           # (B, R), (B,)
         response_lengths = batch["response_lengths"].float()
@@ -654,11 +663,11 @@ class PPOTrainer:
         stats["objective/ref_logprobs"] = batch["ref_logprobs"].cpu()
         stats["ppo/policy/advantages"] = batch["advantages"][mask.bool()].cpu()
         if stats["objective/kl"] < -1.0:
-            logger.warning("the KL to the reference is %.2f, below 0: the policy is paid for being unlike "
-                           "its samples; look for a sampler that differs from it", stats["objective/kl"])
+            logger.warning("the KL to the reference is %.2f, and a KL is never below 0: look for a sampler "
+                           "that differs from the policy", stats["objective/kl"])
         if self.steps_done == 0 and self.rounded_reference:
             logger.warning("the reference is a rounded copy: before any update the KL to it is already %.4f "
-                           "nats per response, which no training removes", stats["objective/kl"])
+                           "nats per response", stats["objective/kl"])
         return stats
 
     def log_stats(self, stats, batch, rewards, columns_to_log=("query", "response")):
@@ -674,29 +683,30 @@ class PPOTrainer:
         if self.config.log_with == "wandb":
             import wandb
             columns = [distributed.gather_lists(self.accelerator, batch[name]) for name in columns_to_log]
-            rows = list(zip(*columns, rewards))
-            logs["game_log"] = wandb.Table(columns=[*columns_to_log, "reward"], data=rows)
+            table = list(zip(*columns, rewards))
+            logs["game_log"] = wandb.Table(columns=[*columns_to_log, "reward"], data=table)
         self.accelerator.log(logs, step=self.steps_done)
 
     # ------------------------------------------------------------------------------------------ saving
 
     def save_pretrained(self, folder, **kwargs):
-        """Write the policy, its value head and the tokenizer, for from_pretrained; on all processes.
+        """Write policy, value head and tokenizer for from_pretrained. All processes must call it.
 
-        kwargs go to transformers' save_pretrained, `max_shard_size` for one.
+        kwargs go to transformers' save_pretrained, such as max_shard_size.
         """
         weights = distributed.full_state_dict(self.accelerator, self.model)
         with distributed.writes(self.accelerator):
             if self.accelerator.is_main_process:
                 self.language_model.save_pretrained(folder, state_dict=weights, **kwargs)
-                # On a full disk Python raises OSError, but the tokenizers library a plain Exception.
+                # On a full disk Python raises OSError, which `writes` expects, and the tokenizers library a
+                # plain Exception. So Python writes the largest file first.
                 if self.tokenizer.is_fast:
                     text = self.tokenizer.backend_tokenizer.to_str(pretty=True)
                     (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
                 self.tokenizer.save_pretrained(folder)
 
     def state_dict(self):
-        """All that the next step depends on; under ZeRO DeepSpeed itself saves weights and optimizer."""
+        """All that a step changes; under ZeRO without weights and optimizer, which DeepSpeed saves."""
         scaler = self.accelerator.scaler        # fp16's
         state = {"steps_done": self.steps_done, "kl_coef": self.kl_ctl.value,
                  "score_moments": self.score_moments.state_dict(),
