@@ -1,4 +1,4 @@
-"""The measured tables of docs/measurements.md, printed as Markdown.
+"""Measures and prints the tables of docs/measurements.md, as Markdown.
 
     python scripts/bench.py features                    # cost and effect of each feature: make features
     python scripts/bench.py features --only lion shared # some rows
@@ -10,27 +10,27 @@
     python scripts/bench.py growth                      # time, memory against response length and batch size
     python scripts/bench.py profile                     # where a step's time goes: make profile
 
-features: each row is scripts/train.py with a few flags, in a process of its own with one thread, so that a
-busy second core disturbs its seconds little. Two rows run side by side. The table and the runs are left in
-runs/features/.
-stages: the same responses per step on 1 and on 2 processes, one thread each; the memory is that of the
-process that needed most. On one machine without a GPU this shows what each way costs and holds, not how it
-scales.
-sharing: step() of a random model of SmolLM2-135M's shape; the ways take turns, and the median of the rounds
-counts.
-speed: all sides have the same random weights, prompts, lengths and settings, and take turns as processes of
-their own (one iteration to warm up, --iterations measured, --rounds times). Figures are medians over all
-iterations; a ratio is one of medians, with the least and the greatest of the rounds beside it, because a
-machine's speed drifts. TRL goes into a virtual environment of its own, .peer, the first time; --no_peer
-leaves it out. Everything runs on the CPU. Left in bench/: results.md, results.json, growth.md, growth.png.
-speed --base: in place of TRL and the plain trainer, the trainer of another checkout of this project; leaves
-base.md, base.json.
-levers: the fast trainer with one lever of speed.py off, in turn with the whole fast trainer. A lever that
-needs shared layers, or responses that end early, runs on the workloads that have them. Leaves bench/levers.md
-and levers.json.
-growth: W1's model, one epoch, one thread per process, median of 3 iterations; the batch and the mini-batch of
-8 are divided among the processes. TRL on 1 process.
-profile: a workload's step() by the fast trainer with tune_cpu(), and by the plain trainer without it.
+features: each row is a run of scripts/train.py with some flags. Two rows run side by side, each with one
+    thread, so that they disturb each other little. The table and the runs are left in runs/features/.
+sharing: step() of a random model with the shape of SmolLM2-135M. All ways run in one process and take turns;
+    the median of the rounds counts.
+stages: the same number of responses per step on 1 and on 2 processes, one thread each. The memory is that of
+    the process that needed most. Without a GPU this shows what each way costs, and not how it scales.
+speed: all sides have the same random weights, prompts, lengths and settings, and take turns, each in a
+    process of its own. In each of --rounds rounds, a side runs one iteration to warm up and --iterations that
+    are measured. Figures are medians over all iterations. A ratio is one of medians; beside it are the least
+    and the greatest ratio of a round, because the speed of a machine drifts. The first call installs TRL into
+    a virtual environment of its own, .peer; --no_peer leaves TRL out. Leaves results.md, results.json,
+    growth.md and growth.png in bench/.
+speed --base: in place of TRL and the plain trainer, the fast trainer of another checkout of this project.
+    Leaves base.md and base.json in bench/.
+levers: the fast trainer without one lever of speed.py, in turn with the whole one. A lever that needs shared
+    layers, or responses that end early, runs only on the workloads that have them. Leaves levers.md and
+    levers.json in bench/.
+growth: W1's model, one epoch, one thread per process, median of 3 iterations. Two processes divide the batch,
+    and the mini-batch of 8, between them. TRL runs on 1 process.
+profile: step() of one workload, by the fast trainer after tune_cpu(), and by the plain trainer without it.
+speed, levers, growth and profile use the CPU only.
 """
 import argparse
 import datetime
@@ -65,8 +65,9 @@ ROWS = {
 
 
 def run(command, folder):
-    """scripts/train.py, one thread per process. -> summary.json, median seconds of a step; or the last error
-    line, None.
+    """Run scripts/train.py with one thread per process. -> its summary, the median seconds of a step.
+
+    If it fails: -> the last line of its errors, None.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--output_dir", str(folder)], env=environment, capture_output=True,
@@ -80,7 +81,7 @@ def run(command, folder):
 
 
 def measure(name, steps, folder):
-    """Run one row of the feature table. -> its line."""
+    """Run one row of the feature table. -> its line of the table."""
     title, flags = ROWS[name]
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *flags.split(), "--steps", str(steps)]
     summary, seconds = run(command, folder / name)
@@ -94,12 +95,15 @@ def measure(name, steps, folder):
 
 
 def features(arguments):
+    """Print a line for each row of ROWS, two rows at a time -> table.md."""
+    def measure_row(name):
+        return measure(name, arguments.steps, arguments.output_dir)
+
     with ThreadPoolExecutor(max_workers=2) as pool:
         lines = ["| feature | mean score on held-out prompts | distinct bigrams | KL, nats | s per step | "
                  "peak memory | optimizer state |", "|" + "---|" * 7]
         print("\n".join(lines), flush=True)
-        for line in pool.map(lambda name: measure(name, arguments.steps, arguments.output_dir),
-                             arguments.only):
+        for line in pool.map(measure_row, arguments.only):
             lines.append(line)
             print(line, flush=True)
     (arguments.output_dir / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -110,34 +114,34 @@ WAYS = {"1 process": None, "DDP": "multi_cpu", "ZeRO-1": "deepspeed_zero1", "ZeR
 
 
 def launcher(config):
-    """The command that starts a script on 2 processes, with one of scripts/accelerate_configs."""
+    """-> the command that starts a script on 2 processes. config: a file of accelerate_configs, by name."""
     return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
             str(ROOT / "scripts" / "accelerate_configs" / f"{config}.yaml"), "--num_processes", "2",
             "--main_process_port", "0"]
 
 
 def stages(arguments):
-    """Seconds per step and peak memory of each way to run: the default model, and random weights of
-    SmolLM2-135M's shape.
+    """Print seconds per step and peak memory of each of WAYS, for two models.
+
+    They are the default model, and one with random weights and the shape of SmolLM2-135M.
     """
     from transformers import AutoTokenizer
     with tempfile.TemporaryDirectory() as temporary:
         shape = Path(temporary) / "smollm2-shape"
         smollm2_shape(layers=30).save_pretrained(shape)
         AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm").save_pretrained(shape)
-        # model: batch size on 1 and on each of 2 processes, flags
+        # model: (batch size on 1 process, on each of 2 processes), flags
         models = {"default, 64 responses": ((64, 32), []),
-                  "SmolLM2-135M's shape, 8 responses": ((8, 4),
-                                                        ["--model_name", str(shape), "--max_new_tokens",
-                                                         "16"])}
+                  "SmolLM2-135M's shape, 8 responses": (
+                      (8, 4), ["--model_name", str(shape), "--max_new_tokens", "16"])}
         print("| model | " + " | ".join(WAYS) + " |\n" + "|---" * (len(WAYS) + 1) + "|")
         for model in arguments.only or models:
             sizes, flags = models[model]
             cells = []
             for number, config in enumerate(WAYS.values()):
                 script = [str(ROOT / "scripts" / "train.py"), *flags, "--steps", str(arguments.steps),
-                          "--eval_prompts", "4",
-                          "--save_every", "0", "--batch_size", str(sizes[config is not None])]
+                          "--eval_prompts", "4", "--save_every", "0",
+                          "--batch_size", str(sizes[config is not None])]
                 start = [sys.executable] if config is None else launcher(config)
                 summary, seconds = run([*start, *script], Path(temporary) / f"{len(model)}-{number}")
                 cells.append(f"failed: {summary}" if seconds is None else
@@ -146,7 +150,7 @@ def stages(arguments):
 
 
 def sharing(arguments):
-    """Seconds of step() with 0, half and 80 % of the layers shared, computed every time and computed once."""
+    """Print seconds of step() with 0, half and 80 % of the layers shared, run every time or once a batch."""
     import logging
 
     import torch
@@ -154,7 +158,7 @@ def sharing(arguments):
     import distributed
     import speed
     from reference import shared_bytes
-    # The responses are random and not sampled, so each step would warn of a negative KL.
+    # The responses are random and not sampled from the model, so each step would warn of a negative KL.
     logging.disable(logging.WARNING)
     speed.tune_cpu()
     accelerator, layers = distributed.start(), arguments.layers
@@ -169,8 +173,8 @@ def sharing(arguments):
         for trainer, times in zip(trainers, seconds):
             times.append(trainer.step(queries, responses, [0.0, 1.0] * 4)["time/ppo/total"])
     medians = [statistics.median(times[1:]) for times in seconds]       # the first round warms up
-    print("| layers shared | their pass | s per step | time against nothing shared | saved on weights |\n|"
-          + "---|" * 5)
+    print("| layers shared | their pass | s per step | time against nothing shared | saved on weights |\n"
+          "|" + "---|" * 5)
     for (count, once), trainer, median in zip(ways, trainers, medians):
         saved = shared_bytes(trainer.model, trainer.ref_model) / 1e6
         how = "once per batch" if once else "every time" if count else "-"
@@ -178,8 +182,9 @@ def sharing(arguments):
 
 
 def sharing_trainer(accelerator, layers, count, once):
-    """A fast trainer of random weights in SmolLM2-135M's shape, `layers` deep. once=False: shared layers run
-    every time.
+    """-> a fast trainer of a random model with SmolLM2-135M's shape, `layers` deep, `count` of them shared.
+
+    once=False: the shared layers run every time.
     """
     from transformers import AutoTokenizer
 
@@ -187,35 +192,35 @@ def sharing_trainer(accelerator, layers, count, once):
     from speed import FastPPOTrainer
     from value_head import AutoModelForCausalLMWithValueHead
     model = AutoModelForCausalLMWithValueHead.from_pretrained(smollm2_shape(layers))
-    trainer = FastPPOTrainer(PPOConfig(batch_size=8, mini_batch_size=4), model, None, num_shared_layers=count
-                             or None,
-                             tokenizer=AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm"),
-                             accelerator=accelerator)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "review-lm")
+    trainer = FastPPOTrainer(PPOConfig(batch_size=8, mini_batch_size=4), model, None, tokenizer,
+                             num_shared_layers=count or None, accelerator=accelerator)
     if not once:
         trainer.trunk.blocks = []
     return trainer
 
 
 def smollm2_shape(layers):
+    """-> a language model with random weights and the shape of SmolLM2-135M, `layers` deep (there: 30)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536,
-                                        num_hidden_layers=layers, num_attention_heads=9,
-                                        num_key_value_heads=3,
-                                        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0))
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=0))
 
 
 # ----------------------------------------------------------------------------------------- against TRL 0.11.4
 
-# trl imports rich and does not say so
+# trl imports rich, but does not list it among its requirements.
 PEER = ["torch==2.13.0", "trl==0.11.4", "transformers==4.46.3", "accelerate==1.1.1", "rich"]
-# layers, weights in a layer's products, weights of lm_head
+# model: (layers, weights in the matrix products of a layer, weights of lm_head)
 SHAPES = {"gpt2": (6, 12 * 256 ** 2, 4096 * 256), "gpt2-eos": (6, 12 * 256 ** 2, 4096 * 256),
           "smollm2": (30, 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536, 49152 * 576)}
 SMALL = {"model": "gpt2", "batch_size": 64, "mini_batch_size": 16, "query": 8, "response": 24}
 LARGE = {"model": "smollm2", "batch_size": 8, "mini_batch_size": 4, "query": 8, "response": 16}
-# name: (what it is, its settings, times faster to reach); the memory to reach is 0.6 of the peer's
+# name: (what it is, its settings, how many times faster than TRL it is to be)
 WORKLOADS = {
     "W1": ("GPT-2, 6 layers, 256 wide; batch 64, response 24", SMALL, 1.8),
     "W2": ("W1, 4 of 6 layers shared", {**SMALL, "shared": 4}, 3.0),
@@ -225,14 +230,13 @@ WORKLOADS = {
     "W6": ("W1, sampled until EOS; step() on 4 to 48 tokens",
            {**SMALL, "model": "gpt2-eos", "response": 48, "ragged": True}, 2.0),
 }
-MEMORY_TARGET = 0.6
+MEMORY_TARGET = 0.6         # of TRL's peak memory
 
 
 def worker(what, settings, python=sys.executable, launch=(), **environment):
-    """scripts/bench_worker.py in a process of its own. -> what it measured."""
+    """Run the task `what` of scripts/bench_worker.py in a process of its own. -> its measurements."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "CUDA_VISIBLE_DEVICES": "",
-                   **environment}
+                   "CUDA_VISIBLE_DEVICES": "", **environment}
     script = [str(ROOT / "scripts" / "bench_worker.py"), what, json.dumps(settings)]
     done = subprocess.run([*(launch or [str(python)]), *script], env=environment, capture_output=True,
                           text=True)
@@ -242,7 +246,7 @@ def worker(what, settings, python=sys.executable, launch=(), **environment):
 
 
 def peer_python():
-    """-> the Python of .peer, made and filled unless its stamp names these very versions."""
+    """-> the Python of .peer. If its stamp does not name the versions of PEER, they are installed first."""
     python, stamp = ROOT / ".peer" / "bin" / "python", ROOT / ".peer" / ".installed"
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != "\n".join(PEER):
         print("installing the peer into .peer", flush=True)
@@ -255,10 +259,9 @@ def peer_python():
 
 
 def sides(name, peer=True, base=None):
-    """The sides that take turns on a workload. -> {side: settings}.
+    """-> {side: settings} of the sides that take turns on the workload `name`.
 
-    W5's target is against TRL as it is by default, in fp32. base: folder of another checkout, against which
-    the fast trainer then runs alone.
+    base: the folder of another checkout; then its fast trainer is the only other side.
     """
     settings = WORKLOADS[name][1]
     ours = {**settings, "library": "ours"}
@@ -266,6 +269,7 @@ def sides(name, peer=True, base=None):
         return {"fast": {**ours, "trainer": "fast"}, "base": {**ours, "trainer": "fast", "root": str(base)}}
     result = {"fast": {**ours, "trainer": "fast"}, "plain": {**ours, "trainer": "plain"}}
     if peer:
+        # In W5, too, the target is against TRL in float32, its default.
         result["TRL"] = {**settings, "library": "trl", "bf16": False}
         if settings.get("bf16"):
             result["TRL in bf16"] = {**settings, "library": "trl"}
@@ -273,21 +277,18 @@ def sides(name, peer=True, base=None):
 
 
 def useful_flops(settings, sampled, trained):
-    """Floating-point operations that an iteration cannot do without. sampled, trained: response tokens of
-    generate(), of step().
+    """-> floating-point operations that an iteration needs at least.
 
-    A product with a weight costs 2 per weight and token forward, and 4 backward: 2 for the input's gradient,
-    2 for the weight's.
-      generate:  2 x all layers x (prompt and response tokens, without each response's last) + 2 x lm_head x
-      response tokens
-      record:    2 x layers not shared x the same tokens + 2 x lm_head x response tokens, for the reference;
-                 the policy's part has just been computed by generate, unless step() is given other responses
-                 (ragged): then 2 x all layers + 2 x lm_head more
-      update:    epochs x (6 x layers not shared x the same tokens + 6 x lm_head x response tokens)
-    With shared layers the embeddings are frozen, and with them lm_head, which is tied to them: 4 in place of
-    6. Left out as
-    small: attention's own products, norms, the value head, the softmax. Work done more often than this is not
-    useful.
+    sampled, trained: response tokens of generate() and of step(). In the forward pass, a product with a
+    weight costs 2 operations per weight and token. In the backward pass it costs 4: 2 for the gradient of the
+    input, 2 for that of the weight. "Tokens" are prompt and response without the last token of each response.
+      generate:  2 x all layers x tokens + 2 x lm_head x response tokens
+      record:    2 x layers not shared x tokens + 2 x lm_head x response tokens, for the reference. The
+                 policy's part is known from generate. It costs 2 x all layers x tokens + 2 x lm_head x
+                 response tokens more if step() is given other responses (ragged).
+      update:    epochs x (6 x layers not shared x tokens + 6 x lm_head x response tokens)
+    With shared layers the embeddings are frozen, and with them lm_head, which is tied to them: then 4 and not
+    6. Left out because they are small: attention's own products, norms, the value head, the softmax.
     """
     layers, block, head = SHAPES[settings["model"]]
     shared, rows, query = settings.get("shared", 0), settings["batch_size"], settings["query"]
@@ -302,10 +303,10 @@ def useful_flops(settings, sampled, trained):
 
 
 def take_turns(arguments, plan):
-    """plan: function(workload) -> list of (side, settings, Python), in the order in which they run.
+    """Run --rounds rounds of all sides of each workload. -> runs, rates.
 
-    -> runs, one dict per process; and the best GFLOP/s of a matrix product in each precision, over the
-    rounds.
+    plan: function(workload) -> list of (side, settings, Python), in the order in which they run.
+    runs: one dict per process. rates: {precision: the best GFLOP/s of a matrix product in any round}.
     """
     runs, rates = [], {"float32": 0.0, "bfloat16": 0.0}
     with tempfile.TemporaryDirectory() as temporary:
@@ -318,7 +319,7 @@ def take_turns(arguments, plan):
                 for side, settings, python in plan(name):
                     settings = {**settings, "model": str(Path(temporary) / settings["model"]),
                                 "iterations": arguments.iterations}
-                    # another checkout is only read, so no bytecode is written into it
+                    # Another checkout must only be read, so Python writes no bytecode into it.
                     measured = worker("run", settings, python, PYTHONDONTWRITEBYTECODE="1")
                     runs.append({"workload": name, "side": side, "round": number, **measured})
                     total = statistics.median(map(iteration_seconds, measured["rows"]))
@@ -332,17 +333,17 @@ def iteration_seconds(row):
 
 
 def about_this_run(runs, rates):
-    """What a table says about the machine and the versions it was made with."""
+    """-> what is saved with a table: the machine, the versions, the date, the command."""
     versions = {run["side"]: run["versions"] for run in runs}
     return {"machine": machine(), "threads": runs[0]["threads"], "versions": versions,
-            "matrix products, GFLOP/s": rates,
-            "date": datetime.date.today().isoformat(),
+            "matrix products, GFLOP/s": rates, "date": datetime.date.today().isoformat(),
             "command": " ".join(["python scripts/bench.py", *sys.argv[1:]])}
 
 
 def speed(arguments):
-    """Every workload by TRL, the plain and the fast trainer in turn -> results.md and results.json, then
-    growth.
+    """TRL, the plain and the fast trainer in turn -> results.md and results.json; then growth.
+
+    With --base: the fast trainer and that of another checkout in turn -> base.md and base.json.
     """
     base = arguments.base and arguments.base.resolve()
     if base is not None and not (base / "ppo_core.py").exists():
@@ -363,6 +364,7 @@ def speed(arguments):
 
 
 def machine():
+    """-> processor, cores, memory and system of this machine, in one line."""
     names = []
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -376,8 +378,9 @@ def machine():
 
 
 def medians(runs, settings, rates):
-    """The runs of one side on one workload -> its figures: medians over all iterations, and each round's
-    (seconds, bytes).
+    """The runs of one side on one workload -> its figures, as medians over all iterations.
+
+    "rounds" holds the median seconds and the peak bytes of each round.
     """
     rows = [{**row, "total": iteration_seconds(row)} for run in runs for row in run["rows"]]
     result = {key: statistics.median(row[key] for row in rows)
@@ -391,23 +394,27 @@ def medians(runs, settings, rates):
 
 
 def against(result, peer):
-    """Figures of two sides -> how many times faster `result` is, and its share of the memory; least and
-    greatest of rounds.
+    """Figures of two sides -> how many times faster `result` is, and its share of the peer's memory.
+
+    Beside each ratio: the least and the greatest ratio of a round.
     """
     pairs = list(zip(peer["rounds"], result["rounds"]))
-    faster, memory = [theirs[0] / ours[0] for theirs, ours in pairs], [ours[1] / theirs[1] for theirs,
-                                                                       ours in pairs]
+    faster = [theirs[0] / ours[0] for theirs, ours in pairs]
+    memory = [ours[1] / theirs[1] for theirs, ours in pairs]
     return {"times faster": peer["total"] / result["total"], "of the rounds": [min(faster), max(faster)],
             "memory": result["peak"] / peer["peak"], "memory of the rounds": [min(memory), max(memory)]}
 
 
 def figures(name, runs, rates, base=None):
-    """One workload's runs -> {side: figures}; "against" holds the comparisons with each other side."""
+    """The runs of the workload `name` -> {side: figures}.
+
+    For the fast and the plain trainer, "against" holds a comparison with each side that is neither of them.
+    """
     result = {}
     for side, settings in sides(name, base=base).items():
-        found = [run for run in runs if (run["workload"], run["side"]) == (name, side)]
-        if found:
-            result[side] = medians(found, settings, rates)
+        side_runs = [run for run in runs if (run["workload"], run["side"]) == (name, side)]
+        if side_runs:
+            result[side] = medians(side_runs, settings, rates)
     for side in [side for side in ("fast", "plain") if side in result]:
         others = [other for other in result if other not in ("fast", "plain")]
         result[side]["against"] = {other: against(result[side], result[other]) for other in others}
@@ -419,7 +426,7 @@ def figures(name, runs, rates, base=None):
 
 
 def ratio_cells(compared):
-    """-> "1.80 x (1.75 to 1.90)" and "0.60 (0.59 to 0.61)" of against()."""
+    """The result of against() -> two cells such as "1.80 x (1.75 to 1.90)" and "0.60 (0.59 to 0.61)"."""
     spread, memory_spread = compared["of the rounds"], compared["memory of the rounds"]
     return [f"{compared['times faster']:.2f} x ({spread[0]:.2f} to {spread[1]:.2f})",
             f"{compared['memory']:.2f} ({memory_spread[0]:.2f} to {memory_spread[1]:.2f})"]

@@ -1,9 +1,9 @@
 """What a run of scripts/train.py leaves on the disk: settings, metrics, curves, samples and a summary.
 
-Why: an experiment without settings and metrics cannot be compared or repeated, and a run that finds out after
-an hour that it cannot write has wasted that hour. So the folder is made before anything is computed, and the
-files that say what a run is and how it ended are whole or not there.
-The main process alone writes and prints; if it cannot write, all processes stop with the reason.
+Why: an experiment without settings and metrics cannot be compared or repeated, and a run that cannot write
+must not find this out after an hour. So the folder is made before anything is computed. A file that says what
+a run is, or how it ended, is whole or not there. The main process alone writes and prints; if it cannot
+write, all processes stop and say why.
 Tested by tests/test_train.py and tests/test_bad_input.py.
 """
 import dataclasses
@@ -34,16 +34,14 @@ from run_inputs import digest
 
 @dataclass
 class Evaluation:
-    """What the policy writes to the held-out prompts, always with the same random numbers, and its scores."""
+    """The policy's answers to the held-out prompts, sampled with fixed random numbers, and their scores."""
     prompts: list
     responses: list
     scores: list
 
     @classmethod
     def read(cls, path):
-        """-> the Evaluation in `path`, or None when that file is damaged: then the untrained policy is
-        evaluated again.
-        """
+        """-> the Evaluation in the file `path`, or None if that file is damaged."""
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
             sizes = {len(found.prompts), len(found.responses), len(found.scores)}
@@ -59,9 +57,7 @@ class Evaluation:
 
     @property
     def distinct_bigrams(self):
-        """Different pairs of neighbouring words / all pairs, over all responses. Low = the responses are all
-        alike.
-        """
+        """Different pairs of neighbouring words / all such pairs. Low = the responses are alike."""
         pairs = [pair for text in self.responses for pair in zip(text.split(), text.split()[1:])]
         return len(set(pairs)) / max(1, len(pairs))
 
@@ -74,7 +70,7 @@ class Evaluation:
 
 
 class RunFolder:
-    """runs/<name>/ and what is printed. All processes call its methods; the main process alone writes."""
+    """The folder runs/<name>/, and what is printed. All processes call it; the main one alone writes."""
 
     def __init__(self, config, accelerator):
         self.config, self.accelerator, self.main = config, accelerator, accelerator.is_main_process
@@ -88,9 +84,9 @@ class RunFolder:
         self.folder = Path(folder)
         with distributed.together(accelerator):
             if not self.folder.is_dir():
-                raise ValueError(f"{self.folder} is not there on this machine, but every process writes its "
-                                 "part of a checkpoint into it; give an --output_dir that all machines "
-                                 "share")
+                raise ValueError(
+                    f"{self.folder} is not there on this machine, but every process writes its part of a "
+                    "checkpoint into it; give an --output_dir that all machines share")
         self.metrics, self.checkpoints = self.folder / "metrics.jsonl", self.folder / "checkpoints"
         accelerator.project_configuration.logging_dir = str(self.folder)
 
@@ -106,20 +102,20 @@ class RunFolder:
             if config.output_dir is None:
                 folder = first_free(prefix)
             elif not unused(folder):
-                return None, (f"{folder} already has a run or other files; choose another --output_dir or "
-                              "move it away")
+                return None, (f"{folder} already has a run or other files; "
+                              "choose another --output_dir or move it away")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.jsonl").write_text("")
             # config.json is written last: --resume takes every folder with a config.json for a run.
             content = {**settings, "versions": versions, "sha256": digest(settings)}
             replace_file(folder / "config.json", json.dumps(content, indent=1))
         except OSError as error:
-            return None, (f"cannot write to the run folder {folder}: {error.strerror}; choose another "
-                          "--output_dir")
+            return None, (f"cannot write to the run folder {folder}: {error.strerror}; "
+                          "choose another --output_dir")
         return str(folder), None
 
     def on_main(self, function, *arguments):
-        """Call it on the main process alone. -> what it returned, on every process."""
+        """Call `function` on the main process alone. -> its result, on every process."""
         result = function(*arguments) if self.main else None
         return accelerate.utils.broadcast_object_list([result])[0]
 
@@ -129,17 +125,17 @@ class RunFolder:
 
     @contextmanager
     def writes(self, path, needed):
-        """For writing about `needed` bytes. If that fails on the main process, all raise one ValueError."""
+        """Context for writing `path`, about `needed` bytes. If that fails, all processes raise ValueError."""
         try:
             with distributed.writes(self.accelerator):
                 yield
         except OSError as error:
             free = shutil.disk_usage(self.folder).free
-            raise ValueError(f"{path} was not written: {error}; it needs {needed:,} bytes and {free:,} are "
-                             "free; make room, and resume the run") from error
+            raise ValueError(f"{path} was not written: {error}; it needs {needed:,} bytes and {free:,} "
+                             "are free; make room, and resume the run") from error
 
     def finished(self):
-        """True, and said, when the run that is to be resumed did all its steps."""
+        """True for a run that is resumed although it did all its steps. A line says so."""
         done = self.resumed and (self.folder / "summary.json").is_file()
         if done:
             steps = self.config.steps
@@ -147,21 +143,24 @@ class RunFolder:
         return done
 
     def before(self, evaluate):
-        """The evaluation before the first step. A resumed run, trained already, reads it from before.json."""
+        """-> the evaluation before the first step. A resumed run reads it from before.json.
+
+        If that file is missing or damaged, the policy is evaluated again: its checkpoint is not loaded yet.
+        """
         path = self.folder / "before.json"
-        known = self.on_main(lambda: Evaluation.read(path) if self.resumed and path.is_file() else None)
-        evaluation = evaluate() if known is None else known
+        saved = self.on_main(lambda: Evaluation.read(path) if self.resumed and path.is_file() else None)
+        evaluation = evaluate() if saved is None else saved
         text = json.dumps(dataclasses.asdict(evaluation))
         with self.writes(path, len(text)):
-            if self.main and known is None:
+            if self.main and saved is None:
                 replace_file(path, text)
         self.say(f"before: {evaluation}")
         return evaluation
 
     def record(self, step, stats, seconds):
         """Add the statistics of a step to metrics.jsonl, and print the most important ones in one line."""
+        # Tensors with a number per token are left out.
         numbers = {name: value.tolist() if torch.is_tensor(value) else value for name, value in stats.items()
-                   # Tensors with a number per token are left out.
                    if not torch.is_tensor(value) or "_dist" in name}
         self.write_line(step, numbers)
         self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + 1
@@ -182,7 +181,7 @@ class RunFolder:
                     file.write(line)
 
     def forget_after(self, steps):
-        """Keep that many lines of metrics.jsonl, because a resumed run does the later steps again."""
+        """Keep the first `steps` lines of metrics.jsonl: a resumed run does the later steps again."""
         present = self.main and self.metrics.is_file()
         lines = self.metrics.read_text(encoding="utf-8").splitlines()[:steps] if present else []
         text = "".join(f"{line}\n" for line in lines)
@@ -191,10 +190,10 @@ class RunFolder:
                 replace_file(self.metrics, text)
 
     def keep_batch(self, queries, responses, scores, step, error):
-        """Write the batch of all processes to bad_batch.safetensors. -> half a sentence: where it is.
+        """Write the batch of all processes to bad_batch.safetensors. -> part of a sentence: where it is.
 
-        queries, responses: lists of (Q_i,), (R_i,), each written as one flat list and the lengths. After a
-        rollout that failed, responses and scores are empty. A later bad batch replaces an earlier one.
+        queries, responses: lists of (Q_i,), (R_i,); each list is written as one flat tensor and the lengths.
+        After a rollout that failed, responses and scores are empty. A later batch replaces an earlier one.
         """
         tokens = [query.tolist() for query in queries], [response.tolist() for response in responses]
         shares = distributed.gather_lists(self.accelerator, [(*tokens, [float(score) for score in scores])])
@@ -209,20 +208,20 @@ class RunFolder:
             if self.main:
                 metadata = {"step": str(step), "problem": str(error)}
                 replace_file(path, safetensors.torch.save(tensors, metadata=metadata))
-        except OSError as failure:      # A full disk must not hide the first error.
+        except OSError as failure:      # A full disk must not hide why the batch is bad.
             return f"the batch could not be kept: {failure.strerror}"
         return f"the batch is in {path}"
 
     def left_out(self, step, error, where):
-        """Record that the batch of this step was left out. where: what keep_batch gave."""
+        """Record that the batch of this step was left out. where: the result of keep_batch."""
         self.accelerator.log({"ppo/bad_batch": 1.0}, step=step)
         self.say(f"step {step:4d}/{self.config.steps}  left out: {error} ({where})")
         self.write_line(step, {"ppo/bad_batch": 1.0})
 
     def finish(self, before, after, state_bytes):
-        """Write the report. state_bytes: of the optimizer."""
+        """Write the report after the last step. state_bytes: of the optimizer."""
         peak = distributed.largest_peak_memory(self.accelerator)
-        with self.writes(self.folder / "curves.png", 150_000):      # the largest of the files
+        with self.writes(self.folder / "curves.png", 150_000):      # the largest file of the report
             if self.main:
                 self.write_report(before, after, state_bytes, peak)
 
@@ -256,7 +255,7 @@ def replace_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:                 # The half that was written would use space on a full disk.
+    except OSError:         # What was written so far would use space on a full disk.
         partial.unlink(missing_ok=True)
         raise
 
@@ -275,12 +274,12 @@ def first_free(prefix):
 def unused(folder):
     """True for a folder that does not exist, is empty, or is of a run that ended before its first step."""
     files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
-    known = set(files) <= {"config.json", "config.json.partial", "metrics.jsonl"}
-    return known and ("metrics.jsonl" not in files or files["metrics.jsonl"].stat().st_size == 0)
+    nothing_else = set(files) <= {"config.json", "config.json.partial", "metrics.jsonl"}
+    return nothing_else and ("metrics.jsonl" not in files or files["metrics.jsonl"].stat().st_size == 0)
 
 
 def draw_curves(rows, path):
-    """rows: the lines of metrics.jsonl as dicts. path: where the picture of four panels is written."""
+    """Draw four panels over the steps. rows: the lines of metrics.jsonl as dicts. path: of the picture."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -302,7 +301,7 @@ def draw_curves(rows, path):
 
 
 def write_samples(before, after, path, count=16):
-    """A table of the same prompts answered before and after: the prompt in bold, then the response."""
+    """A table of `count` prompts, answered before and after: the prompt in bold, then the response."""
     lines = [f"# Samples\n\nMean score on {len(before.scores)} held-out prompts: {before.score:.3f} before, "
              f"{after.score:.3f} after.\n", "| | score | text |", "|---|---|---|"]
     for i in range(min(count, len(before.prompts))):

@@ -1,6 +1,6 @@
 """What a run of scripts/train.py starts from: its settings, its prompts, and the plan that it prints.
 
-Why: a wrong prompt or a wrong setting is said at the start, and not after an hour when its turn has come.
+Why: a wrong setting or prompt is refused at the start, and not after an hour, when it is first used.
 Tested by tests/test_train.py and tests/test_bad_input.py.
 """
 import argparse
@@ -23,13 +23,11 @@ import reference
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Prints the manual as it is written, and each flag with its default."""
+    """Prints the manual with its own line breaks, and each flag with its default."""
 
 
 def parse(config_class, manual, arguments):
-    """Flags -> settings. With --resume all settings are those of the run, and a flag that says otherwise is
-    refused.
-    """
+    """Flags -> settings. With --resume they are those of the run. ValueError: a flag differs."""
     parser = HfArgumentParser(config_class, description=manual, formatter_class=Help)
     config, = parser.parse_args_into_dataclasses(arguments)
     if config.resume is None:
@@ -39,9 +37,9 @@ def parse(config_class, manual, arguments):
     given, = parser.parse_args_into_dataclasses(arguments)
     for name, value in saved.items():
         if name != "resume" and getattr(given, name) != value:
-            raise ValueError(f"--resume {config.resume} goes on with that run's own settings, where {name} "
-                             f"is {value}, not {getattr(given, name)}; leave --{name} out, or start a new "
-                             "run")
+            raise ValueError(
+                f"--resume {config.resume} goes on with that run's own settings, where {name} is {value}, "
+                f"not {getattr(given, name)}; leave --{name} out, or start a new run")
     given.output_dir = config.resume
     return given
 
@@ -52,34 +50,33 @@ def check_settings(config):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.save_every < 0 or config.keep_last < 2:
-        raise ValueError(f"save_every is {config.save_every} and keep_last is {config.keep_last}; use at "
-                         "least 0 and at least 2")
+        raise ValueError(f"save_every is {config.save_every} and keep_last is {config.keep_last}; "
+                         "use at least 0 and at least 2")
     if not 0 <= config.reward_timeout < float("inf") or config.on_bad_batch not in ("stop", "skip"):
-        raise ValueError(f"reward_timeout is {config.reward_timeout} and on_bad_batch is "
-                         f"{config.on_bad_batch!r}; use at least 0 seconds (0 = no limit) and 'stop' or "
-                         "'skip'")
+        raise ValueError(
+            f"reward_timeout is {config.reward_timeout} and on_bad_batch is {config.on_bad_batch!r}; "
+            "use at least 0 seconds (0 = no limit) and 'stop' or 'skip'")
     if config.reference_bits is not None and config.num_shared_layers is not None:
-        raise ValueError(f"reference_bits is {config.reference_bits} and num_shared_layers is "
-                         f"{config.num_shared_layers}, but a layer stored in fewer bits cannot be shared; "
-                         "leave one of them out")
+        raise ValueError(
+            f"reference_bits is {config.reference_bits} and num_shared_layers is {config.num_shared_layers}, "
+            "but a layer stored in fewer bits cannot be shared; leave one of them out")
 
 
 def saved_settings(folder, config_class):
-    """-> the settings in a run's config.json. ValueError: the file cannot be read, or the run did not write
-    it so.
-    """
+    """-> the settings in a run's config.json. ValueError: it cannot be read, or has been changed."""
     path = Path(folder) / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         settings = {field.name: saved[field.name] for field in dataclasses.fields(config_class)}
         config_class(**settings)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"--resume {folder}: {path} cannot be read ({type(error).__name__}); name a folder "
-                         "that a run was made in") from error
+        raise ValueError(f"--resume {folder}: {path} cannot be read ({type(error).__name__}); "
+                         "name a folder that a run was made in") from error
     if saved.get("sha256", digest(settings)) != digest(settings):
-        raise ValueError(f"--resume {folder}: {path} is not what the run wrote: its SHA-256 differs, and "
-                         "with other settings it would be another run; put the file back, or start a new "
-                         "run from the newest checkpoint's model/")
+        raise ValueError(
+            f"--resume {folder}: {path} is not what the run wrote: its SHA-256 differs, and with other "
+            "settings it would be another run; put the file back, or start a new run from the newest "
+            "checkpoint's model/")
     return settings
 
 
@@ -88,8 +85,9 @@ def digest(settings):
 
 
 def load_prompts(path, config, tokenizer, num_processes, model_config):
-    """-> two lists of {"text", "tokens" (Q,)}: to train on, and to evaluate on (the last `eval_prompts` of
-    the file).
+    """-> two lists of {"text", "tokens" (Q,), "line"}: prompts to train on, and to evaluate on.
+
+    The last `eval_prompts` of the file are those to evaluate on.
     """
     prompts, vocabulary = [], getattr(model_config, "vocab_size", None)
     for text, number in read_lines(path).items():
@@ -98,26 +96,28 @@ def load_prompts(path, config, tokenizer, num_processes, model_config):
         # The tokenizers library raises plain Exception, so there is no narrower class.
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise ValueError(f"{path}, line {number}: the tokenizer cannot read it ({reason}); leave it "
-                             "out") from error
+            raise ValueError(f"{path}, line {number}: the tokenizer cannot read it ({reason}); "
+                             "leave it out") from error
         if not tokens:
             raise ValueError(f"{path}, line {number}: {text[:40]!r} has no tokens; leave it out")
         if vocabulary is not None and max(tokens) >= vocabulary:
-            raise ValueError(f"{path}, line {number}: {text[:40]!r} has token {max(tokens)} but the model "
-                             f"has {vocabulary}: the tokenizer is another model's; give the model its own "
-                             "tokenizer")
+            raise ValueError(
+                f"{path}, line {number}: {text[:40]!r} has token {max(tokens)} but the model has "
+                f"{vocabulary}: the tokenizer is another model's; give the model its own tokenizer")
         prompts.append({"text": text, "tokens": torch.tensor(tokens), "line": number})
     needed, for_evaluation = config.batch_size * num_processes, config.eval_prompts
     if len(prompts) < needed + for_evaluation:
-        raise ValueError(f"{path} has {len(prompts)} different prompts but a step takes {needed} (batch_size "
-                         f"x processes) and {for_evaluation} are kept for evaluation; use a smaller "
-                         "--eval_prompts and --batch_size, or more prompts")
+        raise ValueError(
+            f"{path} has {len(prompts)} different prompts but a step takes {needed} (batch_size x processes) "
+            f"and {for_evaluation} are kept for evaluation; use a smaller --eval_prompts and --batch_size, "
+            "or more prompts")
     longest = max(prompts, key=lambda prompt: len(prompt["tokens"]))
     limit = getattr(model_config, "max_position_embeddings", None) or tokenizer.model_max_length
     if len(longest["tokens"]) + config.max_new_tokens > limit:
-        raise ValueError(f"{path}, line {longest['line']}: the prompt {longest['text'][:40]!r} has "
-                         f"{len(longest['tokens'])} tokens and max_new_tokens is {config.max_new_tokens}, "
-                         f"but the model has {limit} positions; shorten one of them")
+        raise ValueError(
+            f"{path}, line {longest['line']}: the prompt {longest['text'][:40]!r} has "
+            f"{len(longest['tokens'])} tokens and max_new_tokens is {config.max_new_tokens}, "
+            f"but the model has {limit} positions; shorten one of them")
     return prompts[:-for_evaluation], prompts[-for_evaluation:]
 
 
@@ -127,8 +127,8 @@ def read_lines(path):
     A repeated line counts once, because otherwise a prompt to train on could also be one to evaluate on.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"prompts names {str(path)!r}, which is not a file; give a text file with one "
-                         "prompt per line")
+        raise ValueError(f"prompts names {str(path)!r}, which is not a file; "
+                         "give a text file with one prompt per line")
     try:
         lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
@@ -136,58 +136,55 @@ def read_lines(path):
     except UnicodeDecodeError as error:
         before, byte = error.object[:error.start], error.object[error.start]
         number = len((before.decode("utf-8") + "-").splitlines())
-        raise ValueError(f"{path}, line {number}: byte {byte:#x} is not UTF-8; save the file as UTF-8, or "
-                         "correct that line") from error
+        raise ValueError(f"{path}, line {number}: byte {byte:#x} is not UTF-8; "
+                         "save the file as UTF-8, or correct that line") from error
     found = {}
     for number, line in enumerate(lines, start=1):
         if line.strip():
             found.setdefault(line.strip(), number)
     if not found:
-        raise ValueError(f"{path} has 0 prompts: all of its {len(lines)} lines are empty; give a text file "
-                         "with one prompt per line")
+        raise ValueError(f"{path} has 0 prompts: all of its {len(lines)} lines are empty; "
+                         "give a text file with one prompt per line")
     return found
 
 
 def prompts_of_step(prompts, step, config, accelerator):
-    """This process's batch. Seed and step alone decide which prompts these are, so a resumed run gets the
-    same ones.
-    """
+    """-> this process's prompts of a step. They follow from seed and step, so a resumed run gets the same."""
     per_step = config.batch_size * accelerator.num_processes
-    # Prompts that fill no batch wait for the next pass.
-    number, position = divmod(step - 1, len(prompts) // per_step)
-    generator = torch.Generator().manual_seed(1_000_003 * config.seed + number)
+    # Each pass over the prompts has another order, and leaves out those that do not fill its last batch.
+    pass_number, position = divmod(step - 1, len(prompts) // per_step)
+    generator = torch.Generator().manual_seed(1_000_003 * config.seed + pass_number)
     order = torch.randperm(len(prompts), generator=generator)
     start = position * per_step + accelerator.process_index * config.batch_size
     return [prompts[i] for i in order[start:start + config.batch_size]]
 
 
 def decode_responses(tokenizer, queries, responses):
-    """-> texts. Each is decoded with its query: decoded alone, some tokenizers would drop the first space."""
-    both = [torch.cat([query, response.to(query.device)]) for query, response in zip(queries, responses)]
-    both, starts = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (both, queries))
-    return [text[len(start):] for text, start in zip(both, starts)]
+    """-> texts. Each is decoded with its query, because alone it may lose the space before its first word."""
+    rows = [torch.cat([query, response.to(query.device)]) for query, response in zip(queries, responses)]
+    texts, starts = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (rows, queries))
+    return [text[len(start):] for text, start in zip(texts, starts)]
 
 
-# -------------------------------------------------------------------------------------- the plan
+# -------------------------------------------------------------------------------------------------- the plan
 
 
 def plan(config, accelerator, model, ref_model, logits_at_once):
     """-> the text that main() prints before the first step: batches, parameters, memory and trainer.
 
-    logits_at_once: the most logits that the fast trainer holds; None for the plain trainer, which holds those
-    of a whole mini-batch.
+    logits_at_once: how many logits the fast trainer holds at most; None for the plain trainer, which holds
+    all logits of a mini-batch.
     """
     processes, stage = accelerator.num_processes, distributed.zero_stage(accelerator)
     trained = sum(distributed.whole_numel(p) for p in model.parameters() if p.requires_grad)
     frozen = sum(distributed.whole_numel(p) for p in model.parameters() if not p.requires_grad)
     shared = reference.shared_bytes(model, ref_model)
-    # By the reference; an int8 weight counts as 1 byte.
-    added = sum(p.nbytes for p in ref_model.parameters()) - shared
-    # ZeRO divides by it from that stage on.
-    share = {first: processes if stage >= first else 1 for first in (1, 2, 3)}
-    weights = (sum(p.nbytes for p in model.parameters()) + added) / share[3]
-    gradients = 4 * trained / share[2]
-    state = {"adam": 8, "lion": 4, "sgd": 0, "adam8bit": 2}[config.optimizer] * trained / share[1]
+    added = sum(p.nbytes for p in ref_model.parameters()) - shared      # an int8 weight has 1 byte
+    # ZeRO-1 divides the optimizer's state among the processes, 2 also the gradients, 3 also the weights.
+    divisor = {first: processes if stage >= first else 1 for first in (1, 2, 3)}
+    weights = (sum(p.nbytes for p in model.parameters()) + added) / divisor[3]
+    gradients = 4 * trained / divisor[2]
+    state = {"adam": 8, "lion": 4, "sgd": 0, "adam8bit": 2}[config.optimizer] * trained / divisor[1]
     vocabulary = model.pretrained_model.get_output_embeddings().out_features
     logits = logits_bytes(config, vocabulary, stage, logits_at_once)
     gathers = " (ZeRO-3; a rollout gathers the weights)" if stage == 3 else ""
@@ -208,11 +205,10 @@ def plan(config, accelerator, model, ref_model, logits_at_once):
 
 
 def logits_bytes(config, vocabulary, stage, logits_at_once):
-    """Most bytes of float32 logits, and of what is computed from them in the same shape, during an update."""
+    """-> most bytes of logits and of tensors of their shape that an update holds at once, all in float32."""
     numbers = config.mini_batch_size * config.max_new_tokens * vocabulary
     if logits_at_once is None:
-        return 4 * 4 * numbers          # the logits, their gradient, and two intermediate results of softmax
+        return 4 * 4 * numbers      # the logits, their gradient, and two intermediate results of softmax
     if stage < 3 and config.kl_penalty != "full":
         numbers = min(numbers, logits_at_once)
-    # The logits and their probabilities, in whose place the gradient is computed.
-    return 2 * 4 * numbers
+    return 2 * 4 * numbers          # the logits, and their probabilities, which the gradient overwrites

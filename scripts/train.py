@@ -1,4 +1,4 @@
-"""Train a language model by PPO so that its text gets a high score from a reward model. From top to bottom.
+"""Train a language model by PPO, so that its texts get a high score from a reward. Read from the top.
 
   python scripts/train.py                      # the review writer, on a CPU or one GPU: make train
   C=scripts/accelerate_configs
@@ -10,17 +10,17 @@
   python scripts/train.py --resume runs/review-lm-1         # go on with a run that was stopped
   python scripts/train.py --plain                           # with the code of ppo_core.py, without speed.py
 
-What you should see: a plan, then one line per step with a score that rises while the KL stays in the tens at
-most, then the score on held-out prompts before and after. What the run leaves in runs/<name>/:
+You should see a plan; then one line per step, with a score that rises and a KL of some tens at most; then the
+mean score on held-out prompts, before and after. The run leaves in runs/<name>/:
     config.json     every setting, and the versions of the libraries
     metrics.jsonl   one line per step: every statistic but those per token; docs/metrics.md explains them
-    before.json     what the untrained policy wrote to the held-out prompts, for a run that is resumed
+    before.json     the untrained policy's answers to the held-out prompts, for a run that is resumed
     curves.png      score, KL, entropy, losses
     samples.md      the same 16 held-out prompts answered before and after, with scores
     summary.json    the result as numbers: scores, KL, seconds, peak memory, bytes of optimizer state
     bad_batch.safetensors  a batch that led to NaN or infinity, if there was one: see --on_bad_batch
     checkpoints/    the newest states of the run, from which --resume goes on
-    final/          the trained policy with its value head, for from_pretrained and for plain transformers
+    final/          the trained policy with its value head; transformers loads it, too, without the head
 """
 import os
 import shlex
@@ -32,8 +32,8 @@ from typing import Literal, Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# OpenMP reads this when torch is loaded. Without it torch's threads wait for each other in a loop that never
-# sleeps: with another busy program on 2 cores a step took 35 s instead of 2.4.
+# OpenMP reads this when torch is loaded. Without it, torch's threads wait for each other in a loop that never
+# sleeps: beside another busy program on 2 cores, a step took 35 s instead of 2.4 s.
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import torch
@@ -58,15 +58,16 @@ ADAM_LEARNING_RATE = 4e-4       # for a few million parameters; a large model ne
 
 @dataclass
 class RunConfig(PPOConfig):
-    """The fields of PPOConfig, some with a default for the small review model; and this script's own."""
+    """The settings of PPOConfig, some with a default for the small review model, and those of this script."""
 
     model_name: str = knob("assets/review-lm", "language model to train: a folder or a hub id")
-    reward_model: Optional[str] = knob("assets/review-sentiment", "text-classification model whose "
-                                                                  "P(POSITIVE), or P(last label), is the "
-                                                                  "score: a folder or a hub id")
+    reward_model: Optional[str] = knob(
+        "assets/review-sentiment", "text-classification model whose P(POSITIVE), or P(last label), is the "
+                                   "score: a folder or a hub id")
     batch_size: int = knob(64, "responses per step and process")
-    mini_batch_size: Optional[int] = knob(None, "responses per forward and backward pass and process; "
-                                                "default: the largest divisor of batch_size up to 32")
+    mini_batch_size: Optional[int] = knob(
+        None, "responses per forward and backward pass and process; default: the largest divisor of "
+              "batch_size / gradient_accumulation_steps up to 32")
     ppo_epochs: int = knob(2, "passes over each batch of responses")
     learning_rate: Optional[float] = knob(None, f"default: {ADAM_LEARNING_RATE}, and a third of it for lion")
     init_kl_coef: float = knob(0.01, "reward lost per nat of KL to the reference, at the start")
@@ -77,12 +78,11 @@ class RunConfig(PPOConfig):
     prompts: str = knob("assets/review-prompts.txt", "text file, one prompt per line")
     eval_prompts: int = knob(200, "last prompts of the file, not trained on, answered before and after")
     max_new_tokens: int = knob(24, "longest response, in tokens; it is shorter where EOS ends it")
-    reward_fn: Optional[str] = knob(None, "path/to/file.py:function, (prompts, responses) -> list of "
-                                          "floats; instead of reward_model")
+    reward_fn: Optional[str] = knob(
+        None, "path/to/file.py:function, (prompts, responses) -> list of floats; instead of reward_model")
     reward_timeout: float = knob(300.0, "seconds that the reward may take for one batch; 0 = no limit")
-    on_bad_batch: Literal["stop", "skip"] = knob("stop", "when a batch leads to NaN or infinity: stop, or "
-                                                         "skip it; it is kept in bad_batch.safetensors "
-                                                         "either way")
+    on_bad_batch: Literal["stop", "skip"] = knob(
+        "stop", "when a batch leads to NaN or infinity: stop, or skip it; bad_batch.safetensors keeps it")
     optimizer: Literal["adam", "sgd", "lion", "adam8bit"] = knob("adam", "adam8bit needs bitsandbytes")
     lr_scheduler: Literal["constant", "linear", "cosine", "exponential"] = knob("cosine", "over all `steps`")
     warmup_steps: int = knob(0, "steps over which the learning rate rises to its value")
@@ -105,7 +105,7 @@ class RunConfig(PPOConfig):
 
 
 def main(arguments=None):
-    """-> None, or the exit code after a signal. If a run fails inside a `phase`, the message says where."""
+    """-> None, or the exit code after a signal. An error inside a `phase` is reported with that phase."""
     # ------------------------------------------------------------------------------------------------ config
     config = parse(RunConfig, __doc__, arguments)
     trainer_class, logits_at_once = PPOTrainer, None
@@ -157,14 +157,15 @@ def main(arguments=None):
 
 
 def one_step(trainer, reward, train_prompts, step, run):
-    """PPO step number `step`: sample responses, score them, train on them. A batch that is refused is left
-    out.
+    """PPO step number `step`: sample responses, score them, train on them.
+
+    `leave_out` skips a batch that led to NaN or infinity, or ends the run, as --on_bad_batch says.
     """
     config, accelerator, started = trainer.config, trainer.accelerator, time.perf_counter()
     prompts = prompts_of_step(train_prompts, step, config, accelerator)
     queries, texts = [prompt["tokens"] for prompt in prompts], [prompt["text"] for prompt in prompts]
     with leave_out(run):
-        # (a) rollout: sample a response to each prompt. `together` raises an error of one process on all.
+        # (a) rollout: sample a response to each prompt. `together` raises the error of one process on all.
         with phase(f"step {step}, (a) rollout"), distributed.together(accelerator, BadNumbers):
             responses = trainer.generate(queries, batch_size=len(queries), return_prompt=False,
                                          max_new_tokens=config.max_new_tokens)
@@ -177,7 +178,7 @@ def one_step(trainer, reward, train_prompts, step, run):
         scored = time.perf_counter()
         # (c) rewards
         # (d) advantages
-        # (e) update: all three in PPOTrainer.step, where the same letters stand
+        # (e) update: all three are in PPOTrainer.step, under the same letters
         with phase(f"step {step}, (c) rewards, (d) advantages, (e) update"):
             stats = trainer.step(queries, responses, scores)
         # (f) book-keeping
@@ -189,8 +190,9 @@ def one_step(trainer, reward, train_prompts, step, run):
 
 
 def find(name):
-    """-> the path as given; or, if it does not exist, in the project's folder; or the id of a model on the
-    hub.
+    """-> `name`, a path or a hub id; or its path in the project's folder, if it exists only there.
+
+    ValueError if plainppo wrote this folder and a file in it has changed since.
     """
     found = str(ROOT / name) if not os.path.exists(name) and (ROOT / name).exists() else name
     refuse_damaged(found)
@@ -224,9 +226,7 @@ def load_tokenizer(path):
 
 
 def load_reward(config, accelerator):
-    """-> function(prompts, responses) -> scores. It is not trained, so ZeRO-3 must not shard a reward
-    model.
-    """
+    """-> function(prompts, responses) -> scores. ZeRO-3 must not shard a reward model: it is not trained."""
     if config.reward_fn is not None:
         return rewards.load_reward_fn(config.reward_fn)
     path = find(config.reward_model)
@@ -235,7 +235,7 @@ def load_reward(config, accelerator):
 
 
 def evaluate(trainer, reward, prompts):
-    """-> Evaluation, with random numbers of its own, so that training is the same with and without it."""
+    """-> Evaluation. It has its own random numbers, so that training is the same with and without it."""
     queries, texts = [prompt["tokens"] for prompt in prompts], [prompt["text"] for prompt in prompts]
     devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
     with phase("evaluation"):
@@ -250,7 +250,7 @@ def evaluate(trainer, reward, prompts):
 
 if __name__ == "__main__":
     try:
-        # Flags from the environment come last and win; docs/distributed.md says what for.
+        # Flags from the environment come last, so they win; docs/distributed.md says why one would use them.
         sys.exit(main(sys.argv[1:] + shlex.split(os.environ.get("PLAINPPO_ARGS", ""))))
-    except ValueError as error:         # what the user can correct is one sentence, without a traceback
+    except ValueError as error:         # A mistake that the user can correct is one sentence, no traceback.
         sys.exit(f"error: {error}")
