@@ -1,5 +1,4 @@
-"""Says in one sentence what is wrong: wrong arguments and batches, numbers that are not finite, a process
-that hangs.
+"""Says in one sentence what is wrong: arguments, batches, numbers that are not finite, a process that hangs.
 
 Why: NaN in one score becomes NaN in every weight with the next optimizer step, and hours later nobody can
 tell where it came from. A wrong batch on one process of several leaves the others waiting for ever. Each
@@ -117,17 +116,10 @@ def check_batch(trainer, queries, responses, scores, response_masks):
             raise ValueError(f"scores must be {size} numbers, one per response (batch_size), got "
                              f"{describe(scores)}")
         for i, (query, response, score) in enumerate(zip(queries, responses, scores)):
-            tokens = len(query) + len(response)
-            if query.is_floating_point() or response.is_floating_point():
-                raise ValueError(f"sample {i} has floating-point tokens; queries and responses are integer "
-                                 "ids")
-            if len(query) == 0:
-                raise ValueError(f"query {i} has 0 tokens; give at least 1, such as the tokenizer's BOS")
-            if response_masks is not None and len(response_masks[i]) != len(response):
-                raise ValueError(f"response_masks[{i}] has {len(response_masks[i])} entries but response "
-                                 f"{i} has {len(response)} tokens; they must be equal")
-            if tokens > limit:
-                raise too_long(tokens, len(query), limit)
+            mask = response if response_masks is None else response_masks[i]
+            lengths_fit = 0 < len(query) <= limit - len(response) and len(mask) == len(response)
+            if not lengths_fit or query.is_floating_point() or response.is_floating_point():
+                refuse_sample(i, query, response, mask, limit)
             try:
                 float(score)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -137,12 +129,23 @@ def check_batch(trainer, queries, responses, scores, response_masks):
     trainer.checked_batch = (queries, responses, scores)        # for a BadNumbers that may follow
 
 
+def refuse_sample(i, query, response, mask, limit):
+    """Say what is wrong with sample number i. query (Q,), response (R,), mask (R,) if it is right."""
+    if query.is_floating_point() or response.is_floating_point():
+        raise ValueError(f"sample {i} has floating-point tokens; queries and responses are integer ids")
+    if len(query) == 0:
+        raise ValueError(f"query {i} has 0 tokens; give at least 1, such as the tokenizer's BOS")
+    if len(mask) != len(response):
+        raise ValueError(f"response_masks[{i}] has {len(mask)} entries but response {i} has {len(response)} "
+                         "tokens; they must be equal")
+    raise too_long(len(query) + len(response), len(query), limit)
+
+
 # -------------------------------------------------------------------------------- numbers that are not finite
 
 
 class BadNumbers(ValueError):
-    """NaN or infinity where a number must be, refused before any weight was moved by it. `step` raises it on
-    all processes together.
+    """NaN or infinity, refused before it has moved any weight. `step` raises it on all processes together.
 
     stage: "weights", "scores", "log-probs", "reference log-probs", "values", "rewards", "loss", "gradients"
     or "rollout". queries, responses, scores: the batch of this process as it was given; after a rollout, the
@@ -176,8 +179,7 @@ def describe_sample(trainer, stage, sample, position, number):
 
 
 def check_weights(trainer):
-    """Raise BadNumbers on all processes if a weight is not finite: then no batch is to blame, and no other
-    would help."""
+    """BadNumbers on all processes if a weight is not finite: then no batch is to blame."""
     name = trainer.first_bad_weight()
     with trainer.together(BadNumbers):
         if name is not None:
@@ -210,11 +212,9 @@ def refuse_batch(trainer, stage, rows):
 
 
 def check_update(trainer, sums, terms, index):
-    """Refuse an optimizer step on rows `index` (n,) of which some sum is not finite, unless only its ratio is
-    too large.
+    """Refuse an optimizer step on rows `index` (n,) if a sum is not finite, but not for its ratio alone.
 
-    sums: {term: sum over all processes}, by which all processes decide alike; terms: (TERMS, n), of this
-    process.
+    sums: {term: sum over all processes}, so all processes decide alike. terms: (TERMS, n) of this process.
     """
     far = not math.isfinite(sums["policy/ratio_mean"])      # the policy moved too far
     bad = [name for name in STAGES if not math.isfinite(sums[name]) and not (far and name == "loss/policy")]
@@ -223,8 +223,7 @@ def check_update(trainer, sums, terms, index):
 
 
 def refuse_update(trainer, stage, numbers, index):
-    """numbers: (n,), of the samples `index` (n,) of this process, in which the one to blame is found if it is
-    here."""
+    """numbers: (n,), of the samples `index` (n,) of this process; one may be the one to blame."""
     trainer.drop_gradients()
     with trainer.together(BadNumbers):
         if not numbers.isfinite().all():
@@ -234,11 +233,7 @@ def refuse_update(trainer, stage, numbers, index):
 
 
 def check_gradients(trainer, norm, index):
-    """Refuse an optimizer step whose loss was finite but whose gradient, a sum over all samples of it, is
-    not.
-
-    norm: what distributed.take_step gave; None in fp16, where an overflow now and then is normal.
-    """
+    """Refuse an optimizer step if its gradient is not finite. norm: None in fp16, where that is normal."""
     if norm is not None and not math.isfinite(norm):
         refuse_gradients(trainer, index)
 
@@ -255,8 +250,7 @@ def refuse_gradients(trainer, index):
 
 
 def check_ratio(trainer, log_ratio, mask, first):
-    """Before the first update the new log-probs are those of the network that recorded the old ones: the
-    ratio is 1.
+    """Before the first optimizer step the ratio must be 1: the same network computed both log-probs.
 
     log_ratio, mask: (b, r). first: no weight has moved yet. In half precision a logit of 100 is rounded to
     0.5, so there the mean over tokens is compared.
@@ -283,8 +277,8 @@ def refuse_ratio(worst, tolerance):
 
 @dataclass
 class WatchLogits:
-    """Among the logits processors of `generate`: refuses logits that are not finite, as torch.multinomial
-    would raise from inside, and on a GPU take the whole process with it.
+    """Among the logits processors of `generate`: refuses logits that are not finite. torch.multinomial would
+    raise from inside, and on a GPU end the whole process.
 
     On this process alone, as a rollout need not be that of all. Where a forward pass is a collective
     operation (synced) nothing is raised, or the others would wait for ever: the row is written from uniform
@@ -353,7 +347,7 @@ _phase = "the start"            # the phase that this process entered last, for 
 
 @contextmanager
 def leave_out(run):
-    """Context of one step. A batch that is refused inside is kept on the disk; then the run stops, or goes on
+    """Context of one step. A batch that is refused inside is kept on the disk, and the run stops, or goes on
     without it, as config.on_bad_batch says.
 
     run: a RunFolder, whose `trainer` is the trainer of the run. BadNumbers was raised on all processes
@@ -450,8 +444,7 @@ def check_files(folder):
 
 
 def brings_code(folder):
-    """True if config.json names a class in a file of `folder` and transformers does not know the model type.
-    """
+    """True if config.json names a class in a file of `folder`, of a type that transformers does not know."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     own_class = isinstance(config, dict) and config.get("auto_map")

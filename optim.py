@@ -1,8 +1,8 @@
 """Optimizers and learning-rate schedules for PPO by name, and the parameters that they train.
 
-Why: Adam keeps 8 bytes of state for each float32 parameter, twice as much as the parameters themselves. Lion
+Why: Adam keeps 8 bytes of state for each float32 parameter, twice as much as the parameters themselves; Lion
 keeps half of that, 8-bit Adam a quarter, SGD nothing. The schedule matters more than in supervised training:
-the policy produces its own data, so no later batch repairs a step that was too large.
+the policy makes its own data, so no later batch repairs a step that was too large.
 Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), see `lion_update`. 8-bit Adam comes from
 bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861): one byte per moment, one float32 scale per 256 entries.
 Differs from the paper in: nothing; from TRL 0.11.4 in: a schedule is stepped once per PPO step, whatever the
@@ -23,7 +23,7 @@ SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 def trainable_parameters(model):
-    """-> list of the parameters that receive a gradient; an optimizer has nothing to do for the others."""
+    """-> list of the parameters that receive a gradient."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has 0 trainable parameters; unfreeze some, or lower num_shared_layers")
@@ -68,16 +68,16 @@ def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41
 def state_bytes(optimizer):
     """-> bytes of the optimizer's state. It is 0 before the first step, which creates the state."""
     tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    # Counted by address: in 8-bit Adam the state of every parameter refers to the same table of 256 values.
+    # by address, because in 8-bit Adam all parameters share one table of 256 values
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def make_schedule(name, optimizer, steps, warmup_steps=0):
     """-> a torch scheduler, to be stepped once per PPO step. name: one of SCHEDULES.
 
-    steps, warmup_steps: numbers of PPO steps in the whole run, on any number of processes.
-    The learning rate rises linearly during the warm-up. Then it stays (constant), falls to 0 at `steps`
-    (linear, cosine), or falls to 1 % of its largest value at `steps` (exponential).
+    steps, warmup_steps: PPO steps in the whole run, on any number of processes. The learning rate rises
+    linearly during the warm-up. Then it stays (constant), falls to 0 at `steps` (linear, cosine), or falls to
+    1 % of its largest value at `steps` (exponential).
     """
     if name not in SCHEDULES:
         raise ValueError(f"lr_scheduler is {name!r}; use one of {', '.join(SCHEDULES)}")
@@ -118,7 +118,7 @@ class Lion(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
-        # Written with `not`, because a comparison with NaN is false: NaN is refused too.
+        # `not`, so that NaN, with which every comparison is false, is refused too
         if not (lr > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"Lion needs lr > 0, weight_decay >= 0 and betas in [0, 1), got lr={lr}, "
                              f"weight_decay={weight_decay} and betas={tuple(betas)}; try lr=1e-4")

@@ -182,10 +182,10 @@ def gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(new_logprobs, logprobs, advantages, cliprange):
-    """Clipped surrogate objective, equation 7 of arXiv 1707.06347, per token. All (B, R).
+    """Clipped surrogate objective per token, equation 7 of arXiv 1707.06347. All (B, R).
 
-    -> loss, ratio, clipped (1 where clipping took the gradient away), each (B, R). The caller takes the
-    mean, because only the caller knows how many tokens the optimizer step has.
+    -> loss, ratio, clipped (1 where clipping took the gradient away), each (B, R). Only the caller knows of
+    how many tokens to take the mean.
     """
     ratio = torch.exp(new_logprobs - logprobs)     # 1 at the first optimizer step, which clips nothing
     loss = -advantages * ratio
@@ -473,7 +473,7 @@ class PPOTrainer:
             batch["rewards"] = masked_whiten(batch["rewards"], mask, shift_mean=False, reduce=self.reduce)
         times.append(time.perf_counter())
         # (d) advantages: how much better than expected each token was. Whitened, so that the policy's step
-        # does not depend on the scale of the rewards; the returns are not, as the values learn that scale.
+        # does not depend on the scale of the rewards; the values have to learn that scale.
         unwhitened, batch["returns"] = gae(batch["rewards"], batch["values"], mask, config.gamma, config.lam)
         batch["advantages"] = masked_whiten(unwhitened, mask, reduce=self.reduce)
         times.append(time.perf_counter())

@@ -4,10 +4,9 @@ Why: a policy that only maximises a reward model soon writes text that only the 
 penalty needs the log-probs of the original model, so that model must not change by one bit during training. A
 second model costs as much memory as the first; layers that both share are stored once and frozen.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2. Names are those of TRL 0.11.4.
-Differs from TRL 0.11.4 in: shared layers are the same tensors in both models (TRL froze the policy's first
-layers but kept a second copy of them); only the embeddings and the first layers are shared (TRL froze OPT's
-final norm too, because it is registered before the layers); a layer number outside the model is an error
-with both numbers.
+Differs from TRL 0.11.4 in: shared layers are the same tensors in both models (TRL kept a second copy of
+them); only the embeddings and the first layers are shared (TRL froze OPT's final norm too, because it is
+registered before the layers); a layer number outside the model is an error.
 Shapes: every layer maps hidden states (B, T, H) to (B, T, H), as drawn in ppo_core.py.
 Copy me: needs torch. Tested by tests/test_reference.py.
 """

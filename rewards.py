@@ -1,8 +1,8 @@
 """From text to the per-token rewards that PPO maximises: scores, their scaling, and the KL penalty.
 
-Why: the scale of the scores sets the size of the update, so scores of 50 where 1 was expected destroy the
-policy. Without a penalty for leaving the reference, it finds nonsense that the reward model likes. No fixed
-penalty coefficient suits a whole run, so a controller keeps the KL near a target.
+Why: the scale of the scores sets the size of the update: scores of 50 in place of 1 destroy the policy.
+Without a penalty for leaving the reference, the policy finds nonsense that the reward model likes. No fixed
+coefficient of this penalty suits a whole run, so a controller keeps the KL near a target.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2 and section 2.2 (adaptive controller); Schulman,
 "Approximating KL divergence" (2020); Zheng et al. 2023 (arXiv 2307.04964), section 5.3 (score clipping).
 Differs from TRL 0.11.4 in: score scaling works, is safe on a constant first batch and uses the moments of all
@@ -21,10 +21,10 @@ import torch
 
 
 def load_reward_model(name, device="cpu", batch_size=64):
-    """A text-classification model as a reward: -> function(prompts, responses) -> list of floats.
+    """A text classifier as a reward: -> function(prompts, responses) -> list of floats.
 
-    The float is the probability of the label POSITIVE, or else of the last label. A model with one output
-    gives that output unchanged. name: folder or hub id. ValueError when no such model is found.
+    Each is the probability of the label POSITIVE, or else of the last label; a model with one output gives
+    that output. name: folder or hub id. ValueError: no such model is found.
     """
     from transformers import pipeline
     name = os.fspath(name)
@@ -50,21 +50,21 @@ def load_reward_model(name, device="cpu", batch_size=64):
 def load_classifier(name):
     """-> the model in float32 and its tokenizer. No code of the folder is executed."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-    no_code = {"trust_remote_code": False}      # Without it, transformers may ask on the terminal and wait.
+    no_code = {"trust_remote_code": False}      # None: transformers asks on the terminal and waits
     try:
         kind = "/".join(AutoConfig.from_pretrained(name, **no_code).architectures or [])
         if "SequenceClassification" not in kind:
             raise ValueError(f"{name} is a {kind or 'model of no known class'}, which has 0 labels to score "
                              "with; give a text-classification model, such as a *ForSequenceClassification")
-        # float32, because the stored type may be half precision, which is slow and coarse on a CPU.
+        # float32: the stored type may be half precision, which is slow and coarse on a CPU
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **no_code)
         tokenizer = AutoTokenizer.from_pretrained(name, **no_code)
     except OSError as error:
         raise ValueError(f"no reward model found at {name!r}: give a folder made by save_pretrained, with "
                          "config.json and weights, or a hub id that is reachable or cached") from error
-    # transformers fills missing tensors with random numbers and ignores surplus ones. A surplus old buffer is
-    # harmless, but a whole surplus layer ("transformer.h.3.") is not. Older files omit the outer name.
+    # transformers makes missing tensors at random and leaves out unknown ones. An unknown old buffer is
+    # harmless, but a whole unknown layer ("transformer.h.3.") is not. Older files omit the outer name.
     known = "".join(f" .{tensor}" for tensor in model.state_dict())
     layers = [(tensor, re.match(r".+?\.\d+\.", tensor)) for tensor in report["unexpected_keys"]]
     surplus = [tensor for tensor, layer in layers if layer and f".{layer[0]}" not in known]
@@ -73,7 +73,7 @@ def load_classifier(name):
         raise ValueError(f"the reward model {name!r} would be loaded in part: {len(wrong)} tensors do not "
                          f"fit its config.json, {wrong[0]} first; get its files again")
     limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None:       # Many tokenizers name no largest length, and then truncation cuts nothing.
+    if limit is not None:       # many tokenizers name no limit, and then truncation cuts nothing
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     return model, tokenizer
 
@@ -96,7 +96,7 @@ def load_reward_fn(spec):
     sys.path.append(os.path.dirname(os.path.abspath(path)))     # so that the file can import its neighbours
     try:
         module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:        # Broad, because a user's file can raise anything.
+    except (Exception, SystemExit) as error:        # broad: a user's file can raise anything
         raise ValueError(f"{path} cannot be loaded: {one_line(error)}") from error
     function = getattr(module, name, None)
     if not callable(function):
@@ -105,17 +105,17 @@ def load_reward_fn(spec):
 
 
 def score_texts(reward, prompts, responses, finite=True):
-    """Calls any reward function and checks its result. -> list of B floats. ValueError says what is wrong.
+    """Call any reward function and check its result. -> list of B floats. ValueError says what is wrong.
 
-    finite=False lets NaN and infinity pass: PPOTrainer.step refuses them, with the batch, on all processes.
+    finite=False lets NaN and infinity pass: PPOTrainer.step refuses them, on all processes.
     """
     try:
         scores = reward(prompts, responses)
-    except (Exception, SystemExit) as error:        # Broad, because a user's function can raise anything.
+    except (Exception, SystemExit) as error:        # broad: a user's function can raise anything
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(f"the reward function raised {one_line(error)} "
                          f"({os.path.basename(frame.filename)}, line {frame.lineno})") from error
-    # A dict, a string or a set has a length too, but is no list of scores. Tensors and arrays have ndim.
+    # A dict, a string or a set also has a length. Tensors and arrays have ndim.
     sequence = isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) > 0
     if not sequence or len(scores) != len(responses):
         count = len(scores) if sequence else f"a {type(scores).__name__}"
@@ -127,7 +127,7 @@ def score_texts(reward, prompts, responses, finite=True):
 def check_scores(scores, finite=True):
     """B numbers of any kind (int, float, tensors of shape () or (1,)) -> float32 tensor (B,).
 
-    NaN and infinity are refused. finite=False lets them pass; what float32 cannot hold becomes infinity.
+    NaN and infinity are refused, or pass with finite=False; what float32 cannot hold becomes infinity.
     """
     values = []
     for i, score in enumerate(scores):
@@ -147,7 +147,7 @@ def check_scores(scores, finite=True):
 class RunningMoments:
     """Mean and sample standard deviation (n - 1) of all scores so far, over all processes (Chan et al.).
 
-    `std` is 1 until two different scores have been seen, because a constant batch must not be divided by 0.
+    `std` is 1 until two different scores have been seen, so that nothing is divided by 0.
     """
 
     def __init__(self):
@@ -180,9 +180,9 @@ class RunningMoments:
 
 
 def process_scores(scores, moments=None, subtract_mean=False, clip=None):
-    """Scales, normalises and clips the scores, in this order, each only if asked for: (B,) -> (B,).
+    """Scale, normalise and clip scores, in this order, each only if asked for: (B,) -> (B,).
+
     moments: RunningMoments that have seen these scores; None = no scaling. clip: largest absolute value.
-    Scaling alone did not help in Zheng et al.; normalising and clipping did.
     """
     if moments is not None:
         scores = (scores - (moments.mean if subtract_mean else 0.0)) / moments.std
@@ -218,7 +218,7 @@ def token_rewards(scores, kl, mask, kl_coef):
     scores (B,), kl (B, R), mask (B, R) -> rewards, non_score_reward (B, R). An empty response gets no score.
     """
     non_score_reward = -kl_coef * kl
-    # Last position whose mask is 1. A mask may have holes, so this is not simply length - 1.
+    # the last position whose mask is 1, which is not length - 1 where a mask has holes
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)      # (R,)
     last = (mask * positions).argmax(dim=1, keepdim=True)                   # (B, 1)
     score = (scores * mask.any(dim=1)).unsqueeze(1).to(kl.dtype)            # (B, 1)
@@ -238,7 +238,7 @@ class FixedKLController:
 class AdaptiveKLController(FixedKLController):
     """Raises the coefficient while the KL is above `target` (nats per response), and lowers it below.
 
-    One update changes it by at most a share of 0.2 * n_steps / horizon. horizon: a number of samples.
+    An update changes it by at most a share of 0.2 * n_steps / horizon (in samples).
     """
 
     def __init__(self, init_kl_coef, target, horizon):

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 class ValueHead(nn.Module):
     """Hidden states (B, T, H) -> values (B, T, 1), in float32 even when the language model computes in bf16.
 
-    v_head_init_strategy: None = torch's uniform initialisation; "normal" = N(0, v_head_initializer_range) and
-    a zero bias; "zero" = every value starts at 0, so the first advantages come from the rewards alone.
+    v_head_init_strategy: None = torch's own; "normal" = N(0, v_head_initializer_range) and a zero bias;
+    "zero" = every value starts at 0, so the first advantages come from the rewards alone.
     """
 
     def __init__(self, hidden_size, summary_dropout_prob=0.1, v_head_initializer_range=0.2,
@@ -50,12 +50,12 @@ class ValueHead(nn.Module):
             nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden):
-        # float32 even under bf16 autocast: a value error of 1 % is the size of a typical advantage.
+        # float32 also under bf16 autocast: a value error of 1 % is the size of a typical advantage
         with torch.autocast(hidden.device.type, enabled=False):
             return self.summary(self.dropout(hidden.to(self.summary.weight.dtype)))
 
 
-# Keywords of from_pretrained that say where the files are. The head is looked for where the weights are.
+# keywords of from_pretrained that say where the files are: the head is looked for where the weights are
 PLACE_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
@@ -95,7 +95,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         translate_bits(kwargs)
         keep_on_one_device(kwargs)
         if not ({"dtype", "torch_dtype", "quantization_config"} & set(kwargs)):
-            # Not the type of the file: a PPO update is smaller than the last bit of a bf16 weight.
+            # not the file's type: a PPO update is smaller than the last bit of a bf16 weight
             kwargs["dtype"] = torch.float32
         kwargs.setdefault("trust_remote_code", False)       # None: transformers asks on the terminal
         try:
@@ -132,7 +132,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         and the largest tensor of a PPO step, logits (B, T, V) with prompt and padding, is not made.
         """
         if position_ids is None and attention_mask is not None and self.takes_position_ids:
-            # Position 0 is the first real token, wherever the padding is. Padding gets 0, without effect.
+            # Position 0 is the first real token, wherever the padding is. Padding gets 0, with no effect.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)          # (B, past + T)
             position_ids = position_ids[:, -input_ids.shape[1]:]                        # (B, T)
         if position_ids is not None:
@@ -184,8 +184,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def save_pretrained(self, folder, **kwargs):
         """Write config.json and safetensors; transformers loads them too, without the head."""
         kwargs.setdefault("state_dict", self.state_dict())
-        # With this entry in config.json, from_pretrained warns if the folder has no head. It does not stay
-        # in the config, because the language model may also be saved alone.
+        # By this entry from_pretrained knows that a head was saved. The language model may also be saved
+        # alone, so it does not stay.
         self.config.value_head = True
         self.pretrained_model.save_pretrained(folder, **kwargs)
         del self.config.value_head
@@ -240,7 +240,7 @@ def keep_on_one_device(kwargs):
 
 @contextmanager
 def without_report_of_head():
-    """Keep transformers from reporting `v_head.*` as unexpected weights; other reports are still shown."""
+    """transformers does not report `v_head.*` as unexpected weights, but all other ones."""
     def about_other_weights(record):
         lines = record.getMessage().splitlines()
         rows = [line for line in lines if "|" in line and re.search("UNEXPECTED|MISSING|MISMATCH", line)]
@@ -285,7 +285,7 @@ def find_value_head(name, **place):
 def read_head(file):
     """-> the tensors of one weights file whose names start with "v_head.", by the rest of their names."""
     if file.endswith(".bin"):
-        # weights_only=True: UnpicklingError for a pickle that would run code. The oldest format has no mmap.
+        # weights_only=True refuses a pickle that would run code. The oldest format has no mmap.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
         return {key[len("v_head."):]: tensor for key, tensor in tensors.items() if key.startswith("v_head.")}
     with safe_open(file, framework="pt") as tensors:
