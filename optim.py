@@ -112,8 +112,8 @@ def lion_update(parameter, gradient, momentum, lr, beta1, beta2, weight_decay):
 class Lion(torch.optim.Optimizer):
     """EvoLved Sign Momentum. It keeps one momentum tensor per parameter, half of Adam's state.
 
-    lr: every entry moves by lr, whatever the size of its gradient. Take Adam's divided by 3 to 10.
-    weight_decay: take Adam's multiplied by the same number.
+    lr: every entry moves by lr, whatever its gradient: take Adam's divided by 3 to 10, and multiply Adam's
+    weight_decay by the same number.
     Do not use it with batches below 64 (section 5): the sign turns a small noisy gradient into a full step.
     """
 

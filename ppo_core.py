@@ -17,7 +17,7 @@ Shapes, for a batch of B prompts, Q_i and R_i tokens long (all other files refer
       rewards           -k -k -k -k+score      k = kl_coef * kl[t]
 
     input_ids, attention_mask: (B, T), T = the longest query + response. Response tokens: (B, R).
-Copy me: the upper half needs torch and numpy; the trainer needs checks.py and the other concept files.
+Copy me: the upper half needs torch and numpy; the trainer needs checks.py and the five concept files.
 Tested by tests/test_ppo_core.py and, number by number against TRL, by tests/test_golden.py.
 """
 import copy
@@ -62,25 +62,25 @@ class PPOConfig:
     gradient_checkpointing: bool = knob(False, "compute activations twice: less memory, more time")
     # ---- the KL penalty, in nats
     init_kl_coef: float = knob(0.2, "reward lost per nat of KL to the reference, at the start")
-    adap_kl_ctrl: bool = knob(True, "adapt the coefficient so that the KL per response approaches `target`")
-    target: float = knob(6.0, "KL per response, in nats, that the adaptive controller aims at")
-    horizon: float = knob(10000.0, "samples over which the adaptive controller reacts; smaller is faster")
+    adap_kl_ctrl: bool = knob(True, "adapt it, so that the KL per response approaches `target`")
+    target: float = knob(6.0, "KL per response that the adaptive controller aims at")
+    horizon: float = knob(10000.0, "samples over which that controller reacts; smaller is faster")
     kl_penalty: Literal["kl", "abs", "mse", "full"] = knob("kl", "log-ratio, abs, half square, or exact")
     # ---- advantages
     gamma: float = knob(1.0, "discount per token; 1 = none, as responses are short")
     lam: float = knob(0.95, "GAE's lambda; 1 = Monte Carlo returns, 0 = one-step differences")
     whiten_rewards: bool = knob(False, "scale rewards around their mean to std 1: [1, 3] -> [1.29, 2.71]")
     # ---- the loss
-    cliprange: float = knob(0.2, "the ratio new/old probability is clipped to 1 +- this")
-    cliprange_value: float = knob(0.2, "a new value is clipped to the old one +- this, in units of reward")
+    cliprange: float = knob(0.2, "new/old probability is clipped to 1 +- this")
+    cliprange_value: float = knob(0.2, "a new value is clipped to the old one +- this")
     vf_coef: float = knob(0.1, "weight of the value loss beside the policy loss")
     ratio_threshold: float = knob(10.0, "skip an optimizer step whose mean ratio exceeds this")
-    early_stopping: bool = knob(False, "end a step's epochs once the policy moved more than 1.5 x target_kl")
-    target_kl: float = knob(1.0, "nats per token, new policy against rollout policy; see early_stopping")
+    early_stopping: bool = knob(False, "end a step's epochs once the policy moved 1.5 x target_kl")
+    target_kl: float = knob(1.0, "nats per token, new policy against rollout policy")
     # ---- sampling
     temperature: float = knob(1.0, "divides all logits: of sampler, rollout, update and reference")
     # ---- scores, in units of the reward model
-    use_score_scaling: bool = knob(False, "divide scores by the standard deviation of all scores so far")
+    use_score_scaling: bool = knob(False, "divide scores by the std of all scores so far")
     use_score_norm: bool = knob(False, "also subtract their mean; needs use_score_scaling")
     score_clip: Optional[float] = knob(None, "clip processed scores to +- this; default: no clipping")
     # ---- memory
@@ -165,7 +165,7 @@ def entropy_from_logits(logits):
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation, equations 11 and 16 of arXiv 1506.02438, from the last token back.
+    """Generalised advantage estimation, equations 11 and 16 of arXiv 1506.02438.
 
     rewards, values, mask: (B, R) -> advantages (B, R), returns (B, R) = advantages + values, both before
     whitening. The value after the last token is 0. A token masked in the middle counts as value 0, as in TRL.
@@ -207,9 +207,9 @@ def value_loss(new_values, values, returns, cliprange_value):
 def collate(queries, responses, response_masks, pad_token_id):
     """Lists of B tensors (Q_i,), (R_i,) -> dict of tensors, padded on the right as drawn at the top.
 
-    input_ids, attention_mask (B, T); labels (B, R): the response tokens; positions (B, R): the column that
-    scores each of them; mask (B, R); response_lengths (B,); lengths (B,) of query + response.
-    response_masks: None, or a list of (R_i,) with 0 where a token does not count.
+    input_ids, attention_mask (B, T); labels (B, R): the response tokens; positions (B, R): the columns that
+    score them; mask (B, R); response_lengths (B,); lengths (B,) with the query. response_masks: None, or a
+    list of (R_i,) with 0 for tokens that do not count.
     """
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     input_ids = pad([torch.cat([q, r]) for q, r in zip(queries, responses)], padding_value=pad_token_id)
@@ -255,17 +255,13 @@ class LengthSampler:
 
 
 # Settings of `generate` that never change the sampled distribution; and others, with the values that do not
-# change it. Of these values the first is passed to `generate`, unless it is None.
+# change it. None never does. The first value is passed to `generate`, unless it is None.
 HARMLESS = {"max_new_tokens", "max_length", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache"}
-NEUTRAL = {"do_sample": (True,), "top_k": (0, None), "top_p": (1.0, None), "min_p": (0.0, None),
-           "typical_p": (1.0, None), "repetition_penalty": (1.0, None), "no_repeat_ngram_size": (0, None),
-           "num_beams": (1, None), "min_length": (0, -1, None), "min_new_tokens": (None, 0),
-           "num_return_sequences": (1, None), "epsilon_cutoff": (0.0, None), "eta_cutoff": (0.0, None),
-           "bad_words_ids": (None,), "suppress_tokens": (None,), "begin_suppress_tokens": (None,),
-           "forced_bos_token_id": (None,), "forced_eos_token_id": (None,),
-           "exponential_decay_length_penalty": (None,),
-           "renormalize_logits": (False, None), "guidance_scale": (1.0, None), "sequence_bias": (None,),
-           "remove_invalid_values": (False, None), "logits_processor": (None,)}
+NEUTRAL = {"do_sample": (True,), "top_k": (0,), "top_p": (1.0,), "min_p": (0.0,), "typical_p": (1.0,),
+           "repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,), "num_beams": (1,),
+           "min_length": (0, -1), "min_new_tokens": (None, 0), "num_return_sequences": (1,),
+           "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "renormalize_logits": (False,),
+           "guidance_scale": (1.0,), "remove_invalid_values": (False,)}
 
 
 def sampling_arguments(temperature, overrides, allow_other_distribution=False):
@@ -277,7 +273,7 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
     neutral = {"temperature": (temperature,), **NEUTRAL}
     arguments = {name: values[0] for name, values in neutral.items() if values[0] is not None}
     for name, value in overrides.items():
-        same_distribution = value in neutral.get(name, ())
+        same_distribution = value is None or value in neutral.get(name, ())
         if name in HARMLESS or (allow_other_distribution and not same_distribution):
             arguments[name] = value
         elif not same_distribution:
@@ -310,14 +306,14 @@ TERMS = (
 )
 
 # ------------------------------------------------ the trainer: from here on this file needs its neighbours
-from transformers import GenerationConfig               # noqa: E402
+from transformers import GenerationConfig
 
-import checks                                           # noqa: E402
-import distributed                                      # noqa: E402
-import optim                                            # noqa: E402
-import reference                                        # noqa: E402
-import rewards                                          # noqa: E402
-from checks import BadNumbers                           # noqa: E402, F401  (users import it from here)
+import checks
+import distributed
+import optim
+import reference
+import rewards
+from checks import BadNumbers           # users import it from here
 
 
 class PPOTrainer:
@@ -367,7 +363,7 @@ class PPOTrainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if optimizer is None:
             optimizer = optim.make_optimizer("adam", optim.trainable_parameters(model), config.learning_rate)
-        # The scheduler is not prepared: accelerate's wrapper would step it once per process.
+        # Not the scheduler: accelerate's wrapper would step it once per process.
         self.model, self.optimizer = distributed.prepare_model(
             self.accelerator, model, optimizer, config.mini_batch_size, config.max_grad_norm,
             config.gradient_accumulation_steps)
@@ -420,7 +416,7 @@ class PPOTrainer:
         return tuple(results) if generate_ref_response else results[0]
 
     def generate_batch(self, language_model, queries, arguments):
-        """One left-padded batch. queries: list of (Q_i,) -> list of responses (R_i,), with their EOS."""
+        """One left-padded batch: list of queries (Q_i,) -> list of responses (R_i,), with their EOS."""
         arguments = {"eos_token_id": self.tokenizer.eos_token_id, "pad_token_id": self.tokenizer.pad_token_id,
                      **arguments}
         pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
@@ -445,8 +441,8 @@ class PPOTrainer:
     def step(self, queries, responses, scores, response_masks=None):
         """One PPO step on B = batch_size responses. -> dict of statistics, see docs/metrics.md.
 
-        queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers.
-        response_masks: B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say).
+        queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers. response_masks:
+        B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say).
         ValueError: wrong arguments. BadNumbers: NaN or infinity, which has reached neither weights nor
         optimizer; optimizer steps that this call took before it stay.
         """
@@ -465,7 +461,7 @@ class PPOTrainer:
         # (a) rollout, second part: log-probs and values of these tokens, and the reference's log-probs
         batch["logprobs"], batch["values"], batch["ref_logprobs"], batch["kl"] = self.record(batch)
         times.append(time.perf_counter())
-        # (c) rewards: the KL penalty is paid token by token, the score arrives with the last one
+        # (c) rewards: the KL penalty at each token, the score at the last
         batch["rewards"], batch["non_score_reward"] = rewards.token_rewards(
             batch["scores"], batch["kl"], mask, self.kl_ctl.value)
         checks.check_numbers(self, batch)       # before a mean over all processes spreads what is not finite
@@ -477,7 +473,7 @@ class PPOTrainer:
         unwhitened, batch["returns"] = gae(batch["rewards"], batch["values"], mask, config.gamma, config.lam)
         batch["advantages"] = masked_whiten(unwhitened, mask, reduce=self.reduce)
         times.append(time.perf_counter())
-        # (e) update: the recorded log-probs and values stay what they were, however far the policy moves
+        # (e) update: the recorded log-probs and values stay, however far the policy moves
         optimizer_steps, ratios = self.update(batch)
         times.append(time.perf_counter())
         # (f) book-keeping: the KL coefficient changes last, so the one that was used is logged
@@ -671,9 +667,9 @@ class PPOTrainer:
         return stats
 
     def log_stats(self, stats, batch, rewards, columns_to_log=("query", "response")):
-        """Send a step's statistics to the tracker, and to wandb also a table of texts and rewards.
+        """Send a step's statistics to the tracker; to wandb also a table of texts and rewards.
 
-        batch: {"query": texts, "response": texts}, of this process; rewards: B numbers.
+        batch: {"query": texts, "response": texts} of this process; rewards: its B scores.
         """
         if self.config.log_with is None:
             return
@@ -698,8 +694,8 @@ class PPOTrainer:
         with distributed.writes(self.accelerator):
             if self.accelerator.is_main_process:
                 self.language_model.save_pretrained(folder, state_dict=weights, **kwargs)
-                # On a full disk Python raises OSError, which `writes` expects, and the tokenizers library a
-                # plain Exception. So Python writes the largest file first.
+                # On a full disk the tokenizers library raises a plain Exception, and Python an OSError,
+                # which `writes` expects. So Python writes the large file first.
                 if self.tokenizer.is_fast:
                     text = self.tokenizer.backend_tokenizer.to_str(pretty=True)
                     (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
@@ -737,16 +733,14 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])                                                 # (2, 4)
     token_rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, -1.0, 0.0, 0.0]])
-    advantages, returns = gae(token_rewards, torch.zeros(2, 4), mask, gamma=1.0, lam=0.95)
+    advantages, _ = gae(token_rewards, torch.zeros(2, 4), mask, gamma=1.0, lam=0.95)
     print("advantages\n", advantages.numpy().round(3))
-    white = masked_whiten(advantages, mask)
-    logits = torch.randn(2, 4, 9, requires_grad=True)
-    labels = torch.randint(0, 9, (2, 4))
-    old = logprobs_from_logits(logits, labels).detach()                                               # (2, 4)
+    advantages = masked_whiten(advantages, mask)
+    logits, labels = torch.randn(2, 4, 9, requires_grad=True), torch.randint(0, 9, (2, 4))
+    logprobs = logprobs_from_logits(logits, labels).detach()                                          # (2, 4)
     for step in range(3):
-        loss, ratio, clipped = policy_loss(logprobs_from_logits(logits, labels), old, white, cliprange=0.2)
-        total = masked_mean(loss, mask)
-        gradient, = torch.autograd.grad(total, logits)
+        loss, ratio, clipped = policy_loss(logprobs_from_logits(logits, labels), logprobs, advantages, 0.2)
+        gradient, = torch.autograd.grad(masked_mean(loss, mask), logits)
         logits = (logits - 5.0 * gradient).detach().requires_grad_()
-        print(f"step {step}: loss {total:+.4f}, mean ratio {masked_mean(ratio, mask):.3f}, "
+        print(f"step {step}: loss {masked_mean(loss, mask):+.4f}, ratio {masked_mean(ratio, mask):.3f}, "
               f"clipped {masked_mean(clipped, mask):.0%}, entropy {entropy_from_logits(logits).mean():.3f}")

@@ -101,9 +101,8 @@ if __name__ == "__main__":
     reference = create_reference_model(policy, num_shared_layers=2)
     ids = torch.tensor([[5, 6, 7, 8]])
     before = reference(ids).logits          # (1, 4, 50)
-    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
     policy(ids, labels=ids).loss.backward()
-    optimizer.step()
+    torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1).step()
     print("bytes shared:", shared_bytes(policy, reference), "of", sum(p.nbytes for p in policy.parameters()))
     print("policy moved by", f"{(policy(ids).logits - before).abs().max():.4f}",
           "reference moved by", (reference(ids).logits - before).abs().max().item())

@@ -61,9 +61,10 @@ def use_onednn_for_float32(force=False):
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8")
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    fits = amd and wide and torch.backends.mkldnn.is_available()
-    if not (fits or force) or "library" in vars(use_onednn_for_float32):
-        return fits
+    if "library" in vars(use_onednn_for_float32):
+        return True
+    if not force and not (amd and wide and torch.backends.mkldnn.is_available()):
+        return False
     # _linear_pointwise: what torch's compiler calls for a linear layer
     aten, linear = torch.ops.aten, torch.ops.mkldnn._linear_pointwise
 

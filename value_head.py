@@ -198,7 +198,7 @@ def refuse_partly_random(name, model, report):
     transformers makes missing tensors at random and leaves out unknown ones, with a warning. A tensor that is
     unknown in a layer is often an old buffer and harmless; a whole unknown layer is not.
     """
-    # A classifier with an lm_head tied to the embedding misses no tensor, but its lm_head was not trained.
+    # A classifier whose lm_head is tied to the embedding misses no tensor; its lm_head was not trained.
     for tensor in sorted(report["unexpected_keys"]):
         if tensor.split(".")[0] in ("score", "classifier", "qa_outputs"):
             raise ValueError(f"the model {name!r} is a classifier: its weights hold {tensor} and 0 trained "
@@ -303,7 +303,5 @@ if __name__ == "__main__":
     with torch.no_grad():
         logits, _, values = model(ids, torch.ones_like(ids))
         _, _, left = model(padded, mask)
-        some, _, _ = model(ids, torch.ones_like(ids), logit_positions=torch.tensor([[1, 2]]))
     print("logits", tuple(logits.shape), "values", values.numpy().round(4))
     print("largest change of a value by left padding:", f"{(left[:, 2:] - values).abs().max():.1e}")
-    print("largest change of a logit by logit_positions:", f"{(some - logits[:, 1:3]).abs().max():.1e}")

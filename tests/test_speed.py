@@ -324,7 +324,8 @@ def test_forward_of_both_trainers_is_equal_with_its_gradient(family, keep_logits
     (*plain, expected), (*fast, gradients) = results
     for ours, theirs in zip(fast, plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert max(float((gradients[name] - expected[name]).abs().max()) for name in expected) < 1e-4
+    for name, theirs in expected.items():       # against the largest entry: some are in the hundreds, and float32 has 7 digits
+        assert float((gradients[name] - theirs).abs().max()) < 1e-5 * max(1.0, float(theirs.abs().max())), name
 
 
 def test_rows_that_are_taken_are_the_plain_ones_without_padding():
