@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, timeout=600):
-    """-> the Accelerator: the device of this process, the number of processes, the tracker. Call it first.
+    """-> the Accelerator: this process's device, the number of processes, the tracker. Call it first.
 
     The same call serves `python`, `torchrun` and `accelerate launch`, on GPUs and CPUs, with and without
     DeepSpeed. cpu=True: stay on the CPU although there is a GPU. timeout: seconds that a process waits for
@@ -73,8 +73,8 @@ def warn_of_spinning_threads():
 
 
 def prepare_for_deepspeed(cpu, timeout):
-    """-> the plugin for the Accelerator; None if it takes over that of an earlier Accelerator. Refuses what
-    DeepSpeed cannot do. On CPUs it makes the group of processes, with gloo."""
+    """-> the plugin for the Accelerator; None if it takes over that of an earlier one. On CPUs it also makes
+    the group of processes, with gloo."""
     if importlib.util.find_spec("deepspeed") is None:
         raise ValueError("launched with DeepSpeed, which is not installed; run: pip install deepspeed ninja")
     if cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
@@ -105,8 +105,8 @@ def zero3_init_disabled(accelerator):
 
 
 def tracker_arguments(log_with, folder):
-    """-> init_kwargs for accelerate's `init_trackers`. wandb logs offline where it has no account, as it
-    would otherwise ask for one and wait."""
+    """-> init_kwargs for accelerate's `init_trackers`. Without an account wandb would ask and wait, so then
+    it logs offline."""
     if log_with != "wandb":
         return {}
     import wandb
@@ -119,8 +119,8 @@ def tracker_arguments(log_with, folder):
 def seed_everything(seed, rank=0):
     """Seed the random generators of Python, numpy and torch.
 
-    Before the model is made: with rank 0 on all processes, which must get the same value head. After that:
-    with the rank of the process, as each must sample other responses.
+    Before the model is made with rank 0, as all processes must get the same value head; after that with the
+    rank of the process, as each must sample other responses.
     """
     if rank > 0:
         # Not seed + rank: rank 1 of seed 0 would get the numbers of rank 0 of seed 1.
@@ -147,8 +147,7 @@ def set_random_state(state, device):
 
 
 def clear_device_cache(device):
-    """Free the blocks of memory that the device's allocator keeps for later. Rollout and update need blocks
-    of different sizes, so this helps where each of them fills the memory."""
+    """Free the blocks that the device's allocator keeps for later: rollout and update need other sizes."""
     gc.collect()
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
@@ -161,7 +160,7 @@ def peak_memory(device):
     status = Path("/proc/self/status")
     if status.exists() and "VmHWM:" in status.read_text():
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    # The second choice, on macOS, as it may be the peak of the program that started this one.
+    # The second choice: it may be the peak of the program that started this one.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak        # Linux counts in KiB
 
@@ -235,8 +234,8 @@ def writes(accelerator):
 def end(accelerator):
     """Close the trackers and the group of processes. All processes must call this, as their last action."""
     accelerator.wait_for_everyone()
-    # Ending the group holds Python's lock and waits for gloo's threads. These need the lock to release the
-    # tensors of a sum, a moment after its result is known. gloo does not say when they have done so.
+    # Ending the group holds Python's lock and waits for gloo's threads. These need the lock to release a
+    # sum's tensors, a moment after its result is known, and gloo does not say when they have.
     time.sleep(0.1)
     accelerator.end_training()
 
@@ -311,9 +310,9 @@ def prepare_reference(accelerator, model):
 def unwrapped_for_generation(accelerator, model, gather=True, batches=1):
     """Context -> (model, in_step). Neither DDP's wrapper nor DeepSpeed's engine has a `generate`.
 
-    gather: under ZeRO-3, hold all weights on every process. This takes one exchange, but the whole model must
-    fit into memory. Otherwise each forward pass exchanges layer by layer, and in_step is True: all must go on
-    until the last process has its EOS. batches: how many this process generates, the same number on all.
+    gather: under ZeRO-3, hold all weights on every process: one exchange, but they must fit into memory.
+    Otherwise each forward pass exchanges them layer by layer, and in_step is True: all must go on until the
+    last process has its EOS. batches: how many this process generates, the same number on all.
     """
     bare = getattr(model, "module", model)
     sharded = any(hasattr(p, "ds_id") for p in bare.parameters())

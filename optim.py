@@ -66,7 +66,7 @@ def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41
 
 
 def state_bytes(optimizer):
-    """-> bytes of the optimizer's state. It is 0 before the first step, which creates the state."""
+    """-> bytes of the state, which the first step creates."""
     tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
     # by address, because in 8-bit Adam all parameters share one table of 256 values
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())

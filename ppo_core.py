@@ -139,7 +139,7 @@ def masked_mean(values, mask, reduce=sum_over_one_process):
 
 
 def masked_var(values, mask, reduce=sum_over_one_process):
-    """Sample variance (n - 1) of values (B, R) where mask is 1, over all processes; 0 if n < 2. -> ()"""
+    """Sample variance (n - 1) of the same values; 0 if there are fewer than two. -> ()"""
     centered = values - masked_mean(values, mask, reduce)
     total, count = reduce(torch.stack([(centered.square() * mask).sum(), mask.sum().to(values.dtype)]))
     return total / (count - 1).clamp(min=1)
@@ -285,8 +285,7 @@ def sampling_arguments(temperature, overrides, allow_other_distribution=False):
     return arguments
 
 
-# What an update measures per token. It is summed, over mini-batches and processes too, and divided once, by
-# the number of all these tokens.
+# What an update measures per token: summed over mini-batches and processes, then divided by all their tokens.
 TERMS = (
     "loss/policy",              # see policy_loss; what is minimised is this + vf_coef * loss/value
     "loss/value",               # see value_loss
@@ -363,7 +362,7 @@ class PPOTrainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if optimizer is None:
             optimizer = optim.make_optimizer("adam", optim.trainable_parameters(model), config.learning_rate)
-        # Not the scheduler: accelerate's wrapper would step it once per process.
+        # not the scheduler, which accelerate would step once per process
         self.model, self.optimizer = distributed.prepare_model(
             self.accelerator, model, optimizer, config.mini_batch_size, config.max_grad_norm,
             config.gradient_accumulation_steps)
@@ -389,8 +388,8 @@ class PPOTrainer:
                  generate_ref_response=False, allow_other_distribution=False, **generation_kwargs):
         """Sample a response to each query: pure sampling at config.temperature, as sampling_arguments says.
 
-        query_tensor: (Q,) -> (1, Q + R); or a list of (Q_i,) -> a list of (Q_i + R_i,), each cut after its
-        first EOS. batch_size: queries at once. length_sampler: callable that gives max_new_tokens of a batch.
+        query_tensor: (Q,) -> (1, Q + R); a list of (Q_i,) -> a list of (Q_i + R_i,), each cut after its first
+        EOS. batch_size: queries at once. length_sampler: callable that gives max_new_tokens of a batch.
         return_prompt=False leaves the prompt out. generate_ref_response: -> (responses, the reference's).
         ValueError: a setting that changes the distribution, or more tokens than the model has positions.
         BadNumbers, on this process alone: logits that are not finite.
@@ -423,7 +422,7 @@ class PPOTrainer:
         device, inner = self.accelerator.device, language_model.pretrained_model
         input_ids = pad(list(queries), padding_value=self.tokenizer.pad_token_id).to(device)          # (B, Q)
         attention_mask = pad([torch.ones_like(q) for q in queries]).to(device)                        # (B, Q)
-        # Many models ship a top_k, say. `generate` would use it where `arguments` does not name it.
+        # Many models ship a top_k, say, which `generate` would use where `arguments` names none.
         shipped, inner.generation_config = inner.generation_config, GenerationConfig()
         language_model.eval()
         try:
@@ -476,7 +475,7 @@ class PPOTrainer:
         # (e) update: the recorded log-probs and values stay, however far the policy moves
         optimizer_steps, ratios = self.update(batch)
         times.append(time.perf_counter())
-        # (f) book-keeping: the KL coefficient changes last, so the one that was used is logged
+        # (f) book-keeping: the KL coefficient changes last, so that the one in use is logged
         stats = {**self.update_stats(optimizer_steps), **self.batch_stats(batch)}
         stats["ppo/policy/ratio"] = ratios.cpu()
         stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
@@ -561,8 +560,7 @@ class PPOTrainer:
         ratios (tokens,) of this process.
         """
         # The loss is a mean over the tokens of the whole optimizer step and of all processes. A mean of the
-        # mini-batches' means would weigh the tokens of short responses more: with responses of different
-        # lengths the change of the weights was wrong by 25 %.
+        # mini-batches' means would weigh tokens of short responses more: the weights' change was 25 % off.
         config, collected = self.config, []
         tokens = float(self.reduce(batch["mask"][index].sum().float()))
         count = -(-len(index) // config.mini_batch_size)
@@ -592,10 +590,7 @@ class PPOTrainer:
         distributed.drop_step(self.accelerator, self.model, self.optimizer)
 
     def minibatch_loss(self, rows, first):
-        """-> loss () summed over tokens, TERMS summed per sample (TERMS, b), ratios (tokens,).
-
-        first: no weight has moved since the rollout, so the ratio must be 1.
-        """
+        """-> loss () summed over tokens, TERMS by sample (TERMS, b), ratios (tokens,). first: of a batch."""
         config, mask = self.config, rows["mask"]                                                      # (b, R)
         advantages, values, returns = rows["advantages"], rows["values"], rows["returns"]    # (b, R) each
         new_logprobs, new_values, entropy = self.forward(self.model, rows)

@@ -1,8 +1,8 @@
 """The frozen reference policy: the model as it was before training, towards which the KL penalty pulls.
 
 Why: a policy that only maximises a reward model soon writes text that only the reward model likes. The
-penalty needs the log-probs of the original model, so that model must not change by one bit during training. A
-second model costs as much memory as the first; layers that both share are stored once and frozen.
+penalty needs the log-probs of the original model, which must not change by one bit. A second model costs as
+much memory as the first; layers that both share are stored once and frozen.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2. Names are those of TRL 0.11.4.
 Differs from TRL 0.11.4 in: shared layers are the same tensors in both models (TRL kept a second copy of
 them); only the embeddings and the first layers are shared (TRL froze OPT's final norm too, because it is

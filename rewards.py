@@ -5,8 +5,8 @@ Without a penalty for leaving the reference, the policy finds nonsense that the 
 coefficient of this penalty suits a whole run, so a controller keeps the KL near a target.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2 and section 2.2 (adaptive controller); Schulman,
 "Approximating KL divergence" (2020); Zheng et al. 2023 (arXiv 2307.04964), section 5.3 (score clipping).
-Differs from TRL 0.11.4 in: score scaling works, is safe on a constant first batch and uses the moments of all
-processes; an empty response gets no reward (TRL raises IndexError); NaN and infinity are refused.
+Differs from TRL 0.11.4 in: score scaling works, also on a constant first batch and over all processes; an
+empty response gets no reward (TRL raises IndexError); NaN and infinity are refused.
 Shapes: scores (B,); logprobs, ref_logprobs, kl, mask, rewards (B, R), aligned as ppo_core.py draws it.
 Copy me: needs torch; load_reward_model needs transformers. Tested by tests/test_rewards.py.
 """
@@ -55,7 +55,7 @@ def load_classifier(name):
         kind = "/".join(AutoConfig.from_pretrained(name, **no_code).architectures or [])
         if "SequenceClassification" not in kind:
             raise ValueError(f"{name} is a {kind or 'model of no known class'}, which has 0 labels to score "
-                             "with; give a text-classification model, such as a *ForSequenceClassification")
+                             "with; give a text-classification model, a *ForSequenceClassification")
         # float32: the stored type may be half precision, which is slow and coarse on a CPU
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, **no_code)
@@ -202,9 +202,9 @@ def kl_penalty(logprobs, ref_logprobs, kind="kl"):
 
 
 def full_kl(logits, ref_logits):
-    """The exact KL(policy || reference), in nats, over V tokens: (B, R, V), (B, R, V) -> (B, R).
+    """The exact KL(policy || reference), in nats: logits (B, R, V), (B, R, V) -> (B, R).
 
-    A token of probability 0 under the policy (logit -inf) adds 0. If only the reference excludes it: inf.
+    A token that the policy excludes (logit -inf) adds 0; one that only the reference excludes, inf.
     """
     logp, ref_logp = logits.log_softmax(-1), ref_logits.log_softmax(-1)
     probs = logp.exp()

@@ -1,7 +1,7 @@
 """A causal language model with a value head: one network that writes the text and predicts its reward.
 
-Why: PPO needs a baseline. Without one, every token of a response is credited with the whole score, and the
-gradient is so noisy that the policy collapses before it learns. One linear layer is enough.
+Why: PPO needs a baseline. Without one, every token is credited with the whole score, and the gradient is so
+noisy that the policy collapses before it learns. One linear layer is enough.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. The names are those of TRL 0.11.4, so checkpoints
 move both ways.
 Differs from TRL 0.11.4 in: position ids come from the attention mask, so left padding changes nothing (in
@@ -132,7 +132,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         and the largest tensor of a PPO step, logits (B, T, V) with prompt and padding, is not made.
         """
         if position_ids is None and attention_mask is not None and self.takes_position_ids:
-            # Position 0 is the first real token, wherever the padding is. Padding gets 0, with no effect.
+            # Position 0 is the first real token, wherever the padding is.
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)          # (B, past + T)
             position_ids = position_ids[:, -input_ids.shape[1]:]                        # (B, T)
         if position_ids is not None:
@@ -195,8 +195,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
 def refuse_partly_random(name, model, report):
     """ValueError if weights and config.json do not fit. report: the loading_info of transformers.
 
-    transformers makes missing tensors at random and leaves out unknown ones, with a warning. A tensor that is
-    unknown in a layer is often an old buffer and harmless; a whole unknown layer is not.
+    transformers makes missing tensors at random and leaves out unknown ones. An unknown tensor of a layer is
+    often an old buffer and harmless; a whole unknown layer is not.
     """
     # A classifier whose lm_head is tied to the embedding misses no tensor; its lm_head was not trained.
     for tensor in sorted(report["unexpected_keys"]):

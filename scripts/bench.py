@@ -9,6 +9,7 @@
     python scripts/bench.py levers                      # what each lever of speed.py saves: make levers
     python scripts/bench.py growth                      # time, memory against response length and batch size
     python scripts/bench.py profile                     # where a step's time goes: make profile
+    python scripts/bench.py neighbour                   # generate() beside a busy program, and GOMP_SPINCOUNT
 
 features: each row is a run of scripts/train.py with some flags. Two rows run side by side, each with one
     thread, so that they disturb each other little. The table and the runs are left in runs/features/.
@@ -24,13 +25,12 @@ speed: all sides have the same random weights, prompts, lengths and settings, an
     growth.md and growth.png in bench/.
 speed --base: in place of TRL and the plain trainer, the fast trainer of another checkout of this project.
     Leaves base.md and base.json in bench/.
-levers: the fast trainer without one lever of speed.py, in turn with the whole one. A lever that needs shared
-    layers, or responses that end early, runs only on the workloads that have them. Leaves levers.md and
-    levers.json in bench/.
+levers: the fast trainer without one lever of speed.py, in turn with the whole one, on the workloads that have
+    what it saves. Leaves levers.md and levers.json in bench/.
 growth: W1's model, one epoch, one thread per process, median of 3 iterations. Two processes divide the batch,
     and the mini-batch of 8, between them. TRL runs on 1 process.
 profile: step() of one workload, by the fast trainer after tune_cpu(), and by the plain trainer without it.
-speed, levers, growth and profile use the CPU only.
+speed, levers, growth, profile and neighbour use the CPU only.
 """
 import argparse
 import datetime
@@ -230,6 +230,9 @@ WORKLOADS = {
     "W6": ("W1, sampled until EOS; step() on 4 to 48 tokens",
            {**SMALL, "model": "gpt2-eos", "response": 48, "ragged": True}, 2.0),
 }
+# for levers alone: two of them save nothing where responses are short
+LONG = {"W7": ("W1's model; batch 16, response 512, 1 epoch",
+               {**SMALL, "batch_size": 16, "response": 512, "epochs": 1}, None)}
 MEMORY_TARGET = 0.6         # of TRL's peak memory
 
 
@@ -310,7 +313,7 @@ def take_turns(arguments, plan):
     """
     runs, rates = [], {"float32": 0.0, "bfloat16": 0.0}
     with tempfile.TemporaryDirectory() as temporary:
-        models = sorted({WORKLOADS[name][1]["model"] for name in arguments.only})
+        models = sorted({{**WORKLOADS, **LONG}[name][1]["model"] for name in arguments.only})
         worker("models", {"folder": temporary, "names": models})
         for number in range(arguments.rounds):
             for kind, best in worker("rate", {"size": 2048}).items():
@@ -512,23 +515,22 @@ def write_base(folder, about, runs):
 
 # ---------------------------------------------------------------------------------------------- levers
 
-# The workloads of levers that need something which not every workload has; the other levers run on all.
-NEEDS = {"shared layers run once": ("W2", "W4"), "finished rows dropped": ("W6",),
-         "sampler's results used again": ("W1", "W2", "W3", "W4")}
-LEVER_NAMES = [
-    "float32 products by oneDNN", "freed memory kept", "fused activations", "even sizes",
-    "lean sampling loop",
-    "one random number per token", "cache with room", "finished rows dropped", "sampler's results used again",
-    "shared layers run once", "rows of like length, trimmed", "logits of response tokens alone",
-    "logits in chunks",
-    "log-prob and entropy in one pass"]
+# lever: the workloads on which it is measured, because they have what it saves. It leaves the others alone.
+MEASURED_ON = {
+    "float32 products by oneDNN": ("W1", "W3"), "freed memory kept": ("W1", "W3"),
+    "fused activations": ("W1", "W6"), "even sizes": ("W6",), "lean sampling loop": ("W1", "W4"),
+    "one random number per token": ("W1",), "cache with room": ("W4", "W7"),
+    "finished rows dropped": ("W6",), "sampler's results used again": ("W1", "W2"),
+    "shared layers run once": ("W2", "W4"), "rows of like length, trimmed": ("W6",),
+    "logits of response tokens alone": ("W6",), "logits in chunks": ("W7",),
+    "log-prob and entropy in one pass": ("W1", "W2")}
 
 
 def lever_turns(name, levers):
     """The order of one round on a workload. -> list of levers; None is the whole trainer, which runs beside
     each of them.
     """
-    fitting = [lever for lever in levers if name in NEEDS.get(lever, WORKLOADS)]
+    fitting = [lever for lever in levers if name in MEASURED_ON[lever]]
     order = []
     for first in range(0, len(fitting), 2):
         order += [fitting[first], None, *fitting[first + 1:first + 2]]
@@ -538,7 +540,8 @@ def lever_turns(name, levers):
 def levers(arguments):
     """The fast trainer with one lever off, in turn with the whole one -> levers.md and levers.json."""
     def plan(name):
-        settings = {**WORKLOADS[name][1], "library": "ours", "trainer": "fast"}
+        settings = {**WORKLOADS, **LONG}[name][1]
+        settings = {**settings, "library": "ours", "trainer": "fast"}
         return [(lever or "fast", {**settings, "without": lever}, sys.executable)
                 for lever in lever_turns(name, arguments.levers)]
 
@@ -567,8 +570,8 @@ def lever_savings(runs, name, lever):
 
 
 def write_levers(folder, about, runs):
-    names = [name for name in WORKLOADS if any(run["workload"] == name for run in runs)]
-    used = [lever for lever in LEVER_NAMES if any(run["side"] == lever for run in runs)]
+    names = [name for name in [*WORKLOADS, *LONG] if any(run["workload"] == name for run in runs)]
+    used = [lever for lever in MEASURED_ON if any(run["side"] == lever for run in runs)]
     savings = {lever: {name: lever_savings(runs, name, lever) for name in names} for lever in used}
     lines = ["Time and memory that a lever saves: the fast trainer, against the same with this lever off.",
              "",
@@ -672,9 +675,31 @@ def profile(arguments):
         print(f"| {number} | " + " | ".join(cells) + " |")
 
 
-def add_rounds(table, rounds):
+def neighbour(arguments):
+    """Seconds of generate() alone, and beside one busy program without and with GOMP_SPINCOUNT."""
+    os.environ.pop("GOMP_SPINCOUNT", None)
+    settings = {**SMALL, "batch_size": 8, "mini_batch_size": 8, "library": "ours", "trainer": "plain",
+                "iterations": arguments.iterations}
+    rows = [("alone", None, {}), ("beside a busy program", "while True: pass", {}),
+            ("the same, with GOMP_SPINCOUNT=4000", "while True: pass", {"GOMP_SPINCOUNT": "4000"})]
+    print("| generate() of 8 responses | s |\n|---|---|")
+    with tempfile.TemporaryDirectory() as temporary:
+        worker("models", {"folder": temporary, "names": ["gpt2"]})
+        settings["model"] = str(Path(temporary) / "gpt2")
+        for title, program, environment in rows:
+            busy = program and subprocess.Popen([sys.executable, "-c", program])
+            try:
+                measured = worker("run", settings, **environment)
+            finally:
+                if busy:
+                    busy.kill()
+            seconds = statistics.median(row["generate"] for row in measured["rows"])
+            print(f"| {title} | {seconds:.2f} |", flush=True)
+
+
+def add_rounds(table, rounds, workloads):
     """Options of the tables whose sides take turns."""
-    table.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS),
+    table.add_argument("--only", nargs="+", choices=workloads, default=workloads,
                        help="workloads; default: all")
     table.add_argument("--rounds", type=int, default=rounds, help="processes of each side on each workload")
     table.add_argument("--iterations", type=int, default=3, help="measured iterations of each process")
@@ -697,13 +722,13 @@ def make_parser():
     ways.add_argument("--steps", type=int, default=5, help="PPO steps of each way")
     ways.add_argument("--only", nargs="+", help="models; default: all")
     fast = tables.add_parser("speed")
-    add_rounds(fast, rounds=3)
+    add_rounds(fast, rounds=3, workloads=list(WORKLOADS))
     fast.add_argument("--no_growth", action="store_true", help="stop after the table")
     fast.add_argument("--base", type=Path,
                       help="folder of another checkout, whose trainer the fast one runs against")
     switched = tables.add_parser("levers")
-    add_rounds(switched, rounds=1)
-    switched.add_argument("--levers", nargs="+", choices=LEVER_NAMES, default=LEVER_NAMES,
+    add_rounds(switched, rounds=2, workloads=[*WORKLOADS, *LONG])
+    switched.add_argument("--levers", nargs="+", choices=list(MEASURED_ON), default=list(MEASURED_ON),
                           help="default: all")
     grown = tables.add_parser("growth")
     for table in (fast, switched, grown):
@@ -715,6 +740,8 @@ def make_parser():
                            help="response tokens, at batch 16")
         table.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128, 256],
                            help="at 24 response tokens")
+    beside = tables.add_parser("neighbour")
+    beside.add_argument("--iterations", type=int, default=3, help="measured rollouts of each row")
     step = tables.add_parser("profile")
     step.add_argument("--workload", choices=list(WORKLOADS), default="W1", help="whose step()")
     step.add_argument("--batch_size", type=int, help="responses of the step; default: the workload's")
@@ -724,8 +751,7 @@ def make_parser():
 def main():
     arguments = make_parser().parse_args()
     {"features": features, "sharing": sharing, "stages": stages, "speed": speed, "levers": levers,
-     "growth": growth,
-     "profile": profile}[arguments.table](arguments)
+     "growth": growth, "profile": profile, "neighbour": neighbour}[arguments.table](arguments)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_another_checkout_is_compared_by_ratios_of_medians(tmp_path):
 
 
 def test_a_lever_is_compared_with_the_run_beside_it(tmp_path):
-    first, second, third = "even sizes", "logits in chunks", "fused activations"
+    first, second, third = "freed memory kept", "lean sampling loop", "fused activations"
     assert bench.lever_turns("W1", [first, second, third]) == [first, None, second, third, None]
     assert bench.lever_turns("W1", ["shared layers run once"]) == [] and bench.lever_turns("W2", ["shared layers run once"])
     # the machine is half as fast in the second round: what a lever saves stays the same
@@ -133,13 +133,14 @@ def test_a_lever_is_compared_with_the_run_beside_it(tmp_path):
     assert bench.lever_savings(runs, "W1", second) == (0.0, 0.0) and bench.lever_savings(runs, "W2", first) is None
     bench.write_levers(tmp_path, ABOUT, [*runs, made_up("W2", third, 0, 4.0, 1e9), made_up("W2", "fast", 0, 3.0, 9e8)])
     table = (tmp_path / "levers.md").read_text()
-    assert "| lever | W1: time, memory | W2: time, memory |" in table and "| even sizes | 50%, 25% | - |" in table
+    assert "| lever | W1: time, memory | W2: time, memory |" in table and "| freed memory kept | 50%, 25% | - |" in table
     assert "| fused activations | - | 25%, 10% |" in table
-    assert json.loads((tmp_path / "levers.json").read_text())["savings"]["logits in chunks"] == {"W1": [0.0, 0.0], "W2": None}
+    assert json.loads((tmp_path / "levers.json").read_text())["savings"]["lean sampling loop"] == {"W1": [0.0, 0.0], "W2": None}
 
 
 def test_bench_knows_the_levers_of_its_worker():
-    assert list(bench_worker.LEVERS) == bench.LEVER_NAMES and set(bench.NEEDS) <= set(bench.LEVER_NAMES)
+    assert list(bench_worker.LEVERS) == list(bench.MEASURED_ON)
+    assert {name for names in bench.MEASURED_ON.values() for name in names} <= {*bench.WORKLOADS, *bench.LONG}
     with pytest.raises(AttributeError, match="up to date"):
         bench_worker.set_existing(bench, "no_such_name", None)
 
@@ -175,7 +176,7 @@ def whole():
     return {shared: fixed_step(speed.FastPPOTrainer, shared) for shared in (None, 1)}
 
 
-@pytest.mark.parametrize("lever", bench.LEVER_NAMES)
+@pytest.mark.parametrize("lever", list(bench.MEASURED_ON))
 def test_a_lever_that_is_off_changes_no_number(lever, whole, monkeypatch):
     import speed
     changed = []
