@@ -442,8 +442,8 @@ def comparison_table(results):
              "| fast is faster than TRL by (rounds) | share of its memory (rounds) | to reach | reached |",
              "|" + "---|" * 9]
     for name, result in results.items():
-        cells = {side: f"{figure['total']:.2f}, {figure['peak'] / 1e6:.0f}" for side,
-                 figure in result.items()}
+        cells = {side: f"{figure['total']:.2f}, {figure['peak'] / 1e6:.0f}"
+                 for side, figure in result.items()}
         compared = {side: result[side].get("against", {}).get("TRL") for side in ("plain", "fast")
                     if side in result}
         plain, reached = compared.get("plain"), result["fast"].get("reached")
@@ -473,8 +473,8 @@ def detail_table(results):
 
 def about_lines(about):
     rates = about["matrix products, GFLOP/s"]
-    versions = "; ".join(f"{side}: " + ", ".join(map(" ".join, found.items())) for side,
-                         found in about["versions"].items())
+    versions = "; ".join(f"{side}: " + ", ".join(map(" ".join, packages.items()))
+                         for side, packages in about["versions"].items())
     return ["", f"Machine: {about['machine']}, {about['threads']} threads; matrix products of 2,048 x 2,048: "
             f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bf16.", "",
             f"Versions: {versions}.", "",
@@ -503,11 +503,10 @@ def write_base(folder, about, runs):
     measured = [name for name in WORKLOADS if any(run["workload"] == name for run in runs)]
     results = {name: figures(name, runs, about["matrix products, GFLOP/s"], base="") for name in measured}
     lines = ["| workload | base: s, MB | fast: s, MB | faster than base by (rounds) | "
-             "share of its memory (rounds) |",
-             "|" + "---|" * 5]
+             "share of its memory (rounds) |", "|" + "---|" * 5]
     for name, result in results.items():
-        cells = [f"{result[side]['total']:.2f}, {result[side]['peak'] / 1e6:.0f}"
-                 for side in ("base", "fast")]
+        cells = [f"{figure['total']:.2f}, {figure['peak'] / 1e6:.0f}"
+                 for figure in (result["base"], result["fast"])]
         ratios = ratio_cells(result["fast"]["against"]["base"])
         lines.append("| " + " | ".join([f"{name}: {WORKLOADS[name][0]}", *cells, *ratios]) + " |")
     write_table(folder, "base", [*lines, *about_lines(about)], {**about, "results": results, "runs": runs})
@@ -527,9 +526,7 @@ MEASURED_ON = {
 
 
 def lever_turns(name, levers):
-    """The order of one round on a workload. -> list of levers; None is the whole trainer, which runs beside
-    each of them.
-    """
+    """The order of a round on one workload. -> list of levers; None, the whole trainer, is beside each."""
     fitting = [lever for lever in levers if name in MEASURED_ON[lever]]
     order = []
     for first in range(0, len(fitting), 2):
@@ -550,11 +547,10 @@ def levers(arguments):
 
 
 def lever_savings(runs, name, lever):
-    """-> share of the time and of the peak memory without the lever that it saves, or None where it did not
-    run.
+    """-> (share of the time, share of the peak memory) that a lever saves; None where it did not run.
 
-    Each run without it is compared with the run of the whole trainer next to it; the median of these ratios
-    counts.
+    Each run without it is compared with the run of the whole trainer beside it, in the same round; the median
+    of the rounds counts.
     """
     found = [run for run in runs if run["workload"] == name]
     times, memory = [], []
@@ -575,8 +571,8 @@ def write_levers(folder, about, runs):
     savings = {lever: {name: lever_savings(runs, name, lever) for name in names} for lever in used}
     lines = ["Time and memory that a lever saves: the fast trainer, against the same with this lever off.",
              "",
-             "| lever | " + " | ".join(f"{name}: time, memory" for name in names) + " |", "|"
-             + "---|" * (1 + len(names))]
+             "| lever | " + " | ".join(f"{name}: time, memory" for name in names) + " |",
+             "|" + "---|" * (1 + len(names))]
     for lever, saved in savings.items():
         cells = [f"{saved[name][0]:.0%}, {saved[name][1]:.0%}" if saved[name] else "-" for name in names]
         lines.append(f"| {lever} | " + " | ".join(cells) + " |")
@@ -589,9 +585,7 @@ def write_levers(folder, about, runs):
 
 
 def growth_point(side, model, size, length):
-    """An iteration of batch `size` and response `length` by one side -> median seconds, peak bytes of a
-    process.
-    """
+    """Iterations of one side, of `size` responses of `length` tokens -> median seconds, peak bytes."""
     parts = 2 if side == "2 processes" else 1
     settings = {"library": "trl" if side == "TRL" else "ours", "trainer": "fast", "model": model, "query": 8,
                 "response": length, "batch_size": size // parts, "mini_batch_size": 8 // parts, "epochs": 1,
@@ -603,15 +597,13 @@ def growth_point(side, model, size, length):
 
 
 def growth(arguments):
-    """Seconds of an iteration and peak memory against response length and batch size -> growth.md and
-    growth.png.
-    """
-    points = [("length", 16, length) for length in arguments.lengths] + [("batch", size, 24)
-                                                                         for size in arguments.batches]
+    """Seconds and peak memory against response length and batch size -> growth.md and growth.png."""
+    points = [("length", 16, length) for length in arguments.lengths]
+    points += [("batch", size, 24) for size in arguments.batches]
     runners = ["1 process", "2 processes", *([] if arguments.no_peer else ["TRL"])]
     lines = ["| grows | batch | response | response tokens | logits of them all, MB | "
-             + " | ".join(f"{side}: s, peak MB of a process" for side in runners) + " |", "|"
-             + "---|" * (5 + len(runners))]
+             + " | ".join(f"{side}: s, peak MB of a process" for side in runners) + " |",
+             "|" + "---|" * (5 + len(runners))]
     curves = {}
     print("\n".join(lines), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
@@ -632,9 +624,7 @@ def growth(arguments):
 
 
 def plot_growth(curves, path):
-    """curves: {(what grows, side): [(response tokens, seconds, MB), ...]}. Two panels over the response
-    tokens of a batch.
-    """
+    """curves: {(what grows, side): [(response tokens of a batch, seconds, MB), ...]} -> two panels."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -647,8 +637,7 @@ def plot_growth(curves, path):
                        label=f"{grows} grows, {side}")
     tokens, _, memory = zip(*sorted(point for points in curves.values() for point in points))
     panels[1].plot(tokens, [min(memory) + count * 4096 * 4 / 1e6 for count in tokens], color="grey",
-                   linewidth=1,
-                   label="if all logits were kept once")
+                   linewidth=1, label="if all logits were kept once")
     for panel, title in zip(panels, ("seconds of an iteration", "peak memory of a process, MB")):
         panel.set(xlabel="batch x response length, tokens", title=title, ylim=(0, 1.15 * panel.get_ylim()[1]))
         panel.set_xscale("log", base=2)
@@ -670,8 +659,8 @@ def profile(arguments):
           f"{plain['seconds']:.2f} by the plain path.\n")
     print("| | now | s itself (share) | plain path | s itself (share) |\n|---|---|---|---|---|")
     for number, pair in enumerate(zip(now["items"], plain["items"]), 1):
-        cells = [f"`{name}`, {count} times | {seconds:.2f} ({share:.0%})" for name, seconds, share,
-                 count in pair]
+        cells = [f"`{name}`, {count} times | {seconds:.2f} ({share:.0%})"
+                 for name, seconds, share, count in pair]
         print(f"| {number} | " + " | ".join(cells) + " |")
 
 

@@ -87,9 +87,7 @@ def trainer_class(settings):
 
 
 def make_trainer(settings):
-    """-> trainer, keywords for generate(), bytes after the imports. Both libraries spell this nearly the
-    same.
-    """
+    """-> trainer, keywords for generate(), bytes after the imports. Both libraries spell it nearly alike."""
     config = {name: settings[name] for name in ("batch_size", "mini_batch_size")}
     config.update(ppo_epochs=settings.get("epochs", 4), learning_rate=1e-5)
     precision = "bf16" if settings.get("bf16") else None
@@ -166,9 +164,7 @@ def versions():
 
 
 def profile(settings):
-    """torch's profiler over one step() after a warm-up. -> its seconds, and the operations that took most of
-    them.
-    """
+    """torch's profiler over one step() after a warm-up. -> its seconds, its operations that took most."""
     from torch.profiler import ProfilerActivity
     trainer, sampling, _ = make_trainer(settings)
     sampling.update(return_prompt=False, max_new_tokens=settings["response"],
@@ -210,9 +206,7 @@ def rate(settings):
 
 
 def set_existing(holder, name, value):
-    """setattr, but a name that is gone from `holder` is an error: the lever would else be measured as saving
-    nothing.
-    """
+    """setattr; a name that `holder` has no longer is an error: the lever would seem to save nothing."""
     if not hasattr(holder, name):
         raise AttributeError(f"{holder.__name__} has no {name} any more; "
                              "bring LEVERS in bench_worker.py up to date")

@@ -71,9 +71,7 @@ def load_sentences():
 
 
 def clean(text):
-    """Undo what the data set's own export did: HTML entities, '' for a quotation mark, spaces where a dash
-    was.
-    """
+    """Undo what the data set's export did: HTML entities, '' for a quotation mark, spaces for a dash."""
     text = html.unescape(html.unescape(text)).replace("''", '"').replace("``", '"').strip()
     return re.sub(r"\s{2,}", " -- ", text)
 
@@ -90,9 +88,7 @@ def train_tokenizer(texts):
 
 
 def batches(rows, size, rng):
-    """Shuffled batches of rows of similar length, so that little is spent on padding. rows: lists of token
-    ids first.
-    """
+    """Shuffled batches of rows of similar length, so with little padding. rows: lists of token ids first."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rng.random()))
     groups = [order[i:i + size] for i in range(0, len(order), size)]
     rng.shuffle(groups)
@@ -174,8 +170,7 @@ def make_writer(rows, folder, epochs):
 
 
 def naive_bayes(rows):
-    """rows: (token ids, rating) -> (V,) log of how much oftener a token stands in a good sentence than in a
-    bad one.
+    """rows: (token ids, rating) -> (V,) log of how much more often a token is in good sentences than in bad.
     """
     good, bad = torch.ones(VOCABULARY), torch.ones(VOCABULARY)
     for ids, rating in rows:
@@ -187,8 +182,7 @@ def naive_bayes(rows):
 
 
 def start_as_naive_bayes(model, weights):
-    """Set a 2-block GPT-2 classifier up so that, untrained, it is a naive Bayes classifier: dimension 0
-    carries the evidence.
+    """Make an untrained 2-block GPT-2 classifier a naive Bayes classifier: dimension 0 carries the evidence.
 
     9,405 sentences are few: two or three layers that started from the writer's ended at 73-75 % held-out
     accuracy; this one starts at 78 %, and training only has to calibrate it.
@@ -214,9 +208,7 @@ def start_as_naive_bayes(model, weights):
 
 
 def make_judge(rows, tokenizer, folder, epochs):
-    """The sentiment classifier; rows: (text, rating). -> held-out accuracy of the last epoch: nothing is
-    picked by it.
-    """
+    """The sentiment classifier; rows: (text, rating). -> held-out accuracy of the last epoch."""
     coded = [(tokenizer(text).input_ids[:POSITIONS], rating) for text, rating in rows]
     train, held_out = coded[:-HELD_OUT], coded[-HELD_OUT:]
     torch.manual_seed(SEED)
@@ -259,9 +251,7 @@ def make_judge(rows, tokenizer, folder, epochs):
 
 
 def make_prompts(rows, tokenizer, path):
-    """The first 2-8 tokens of each held-out sentence, one per line; cut where a word ends, as a person would
-    type it.
-    """
+    """The first 2-8 tokens of each held-out sentence, one per line, cut where a word ends."""
     rng, lines = random.Random(SEED), []
     for text, _ in rows[-HELD_OUT:]:
         ids = tokenizer(text).input_ids
@@ -296,9 +286,7 @@ def make_readmes(folder, loss, accuracy):
 
 
 def make_smollm2(folder):
-    """SmolLM2-135M-Instruct (Apache-2.0), from a package that ships it as a 4-bit GGUF file, as a plain model
-    folder.
-    """
+    """SmolLM2-135M-Instruct (Apache-2.0) as a model folder, from a package that ships it as a 4-bit GGUF."""
     if (folder / "config.json").exists():
         return
     from transformers import AutoModelForCausalLM

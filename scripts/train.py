@@ -210,8 +210,8 @@ def load_models(config, accelerator):
         with distributed.whole_weights(model):
             return model, tokenizer, reference.create_reference_model(model, config.num_shared_layers)
     bits = {f"load_in_{config.reference_bits}bit": True}
-    with distributed.zero3_init_disabled(accelerator):
-        reference_model = AutoModelForCausalLMWithValueHead.from_pretrained(path, device_map="auto", **bits)
+    with distributed.zero3_init_disabled(accelerator), loading(path):
+        reference_model = AutoModelForCausalLMWithValueHead.from_pretrained(path, **bits)
     return model, tokenizer, reference_model
 
 
