@@ -4,7 +4,7 @@ Why: NaN in one score becomes NaN in every weight with the next optimizer step, 
 tell where it came from. A wrong batch on one process of several leaves the others waiting for ever. Each
 function here looks at one thing, at the moment when it can still be named and nothing has been changed by it.
 Source: the mistakes are those of public issue threads about PPO for language models.
-Differs from TRL 0.11.4 in: there, none of this is checked.
+Differs from TRL 0.11.4 in: there, only the types, number and dimensions of a batch are checked.
 Shapes: B responses of R tokens at most, as ppo_core.py draws it.
 Copy me: needs torch, transformers and accelerate. ppo_core.py calls each function once; to train without this
 file, see docs/reading.md, "Taking a power away".
@@ -170,6 +170,7 @@ def bad_numbers(trainer, stage, problem):
 
 
 def describe_sample(trainer, stage, sample, position, number):
+    """-> half a sentence. position: the sample's place in the batch, or in the optimizer step."""
     remedy = ("mend or leave out that sample" if stage in ("scores", "rewards") else
               "look at that sample, or lower the learning rate")
     verb = "is" if stage == "loss" else "are"
@@ -187,7 +188,7 @@ def check_weights(trainer):
 
 
 def check_numbers(trainer, batch):
-    """Refuse a batch before it moves a weight. Costs one sum of one number.
+    """Refuse a batch before it moves a weight. Costs one sum of a number over all processes.
 
     batch: of PPOTrainer.step, with raw_scores (B,) and (B, R) tensors that are 0 outside the mask. In this
     order, the first cause is named: what is computed from it is not finite either.
@@ -212,9 +213,10 @@ def refuse_batch(trainer, stage, rows):
 
 
 def check_update(trainer, sums, terms, index):
-    """Refuse an optimizer step on rows `index` (n,) if a sum is not finite, but not for its ratio alone.
+    """Refuse an optimizer step on rows `index` (n,) of which a sum is not finite.
 
-    sums: {term: sum over all processes}, so all processes decide alike. terms: (TERMS, n) of this process.
+    sums: {term: sum over all processes}, so all processes decide alike. terms: (TERMS, n) of this process. An
+    infinite ratio of finite log-probs passes: ratio_threshold skips that step.
     """
     far = not math.isfinite(sums["policy/ratio_mean"])      # the policy moved too far
     bad = [name for name in STAGES if not math.isfinite(sums[name]) and not (far and name == "loss/policy")]
@@ -223,7 +225,7 @@ def check_update(trainer, sums, terms, index):
 
 
 def refuse_update(trainer, stage, numbers, index):
-    """numbers: (n,), of the samples `index` (n,) of this process; one may be the one to blame."""
+    """numbers: (n,), of the samples `index` (n,) of this process. The bad one may be on another process."""
     trainer.drop_gradients()
     with trainer.together(BadNumbers):
         if not numbers.isfinite().all():
@@ -233,7 +235,7 @@ def refuse_update(trainer, stage, numbers, index):
 
 
 def check_gradients(trainer, norm, index):
-    """Refuse an optimizer step if its gradient is not finite. norm: None in fp16, where that is normal."""
+    """Refuse an optimizer step whose norm is not finite. norm: None if no step was tried, or in fp16."""
     if norm is not None and not math.isfinite(norm):
         refuse_gradients(trainer, index)
 
@@ -267,7 +269,7 @@ def check_ratio(trainer, log_ratio, mask, first):
 
 
 def refuse_ratio(worst, tolerance):
-    """On all processes."""
+    """All processes raise, though the difference may be too large on one of them only."""
     raise RuntimeError(f"the ratio is not 1 before the first update: log-probs differ by {worst:.3g} nats "
                        f"here, {tolerance} is allowed. Usual causes: a layer that behaves differently in "
                        "train and eval mode (dropout under another name, batch norm), weights changed "
@@ -280,10 +282,10 @@ class WatchLogits:
     """Among the logits processors of `generate`: refuses logits that are not finite. torch.multinomial would
     raise from inside, and on a GPU end the whole process.
 
-    On this process alone, as a rollout need not be that of all. Where a forward pass is a collective
-    operation (synced) nothing is raised, or the others would wait for ever: the row is written from uniform
-    logits, and step() refuses it. samples: (rows,), the number of the query of each row; None = in order, as
-    in `generate`.
+    On this process alone, because the others may not be generating at the same time. Where a forward pass is
+    a collective operation (synced) nothing is raised, or the others would wait for ever: the row is written
+    from uniform logits, and step() refuses it. samples: (rows,), the number of the query of each row; None =
+    in order, as in `generate`.
     """
 
     trainer: object
@@ -447,8 +449,8 @@ def brings_code(folder):
     """True if config.json names a class in a file of `folder`, of a type that transformers does not know."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    own_class = isinstance(config, dict) and config.get("auto_map")
-    return bool(own_class) and str(config.get("model_type")) not in CONFIG_MAPPING
+    auto_map = isinstance(config, dict) and config.get("auto_map")
+    return bool(auto_map) and str(config.get("model_type")) not in CONFIG_MAPPING
 
 
 class phase:
@@ -494,7 +496,7 @@ class phase:
             seconds = time.time() - told["since"]
             print(f"rank {rank} waited for rank {other}, which has been in {told['phase']} for "
                   f"{seconds:.0f} s and is {state}", file=sys.stderr, flush=True)
-            if sibling is not None:     # it would not hear the launcher's SIGTERM; SIGKILL comes 30 s later
+            if sibling is not None:     # it may not hear the launcher's SIGTERM, and SIGKILL comes 30 s later
                 sibling.kill()
 
 
@@ -525,7 +527,7 @@ def told_by_others(rank, ranks, told, patience):
 def state_of_process(told):
     """-> in words, what the process does; and its psutil.Process if it lives and has the parent of this one.
 
-    A process on another machine, of another container, or whose number was given away again has not.
+    None for one on another machine or in another container, or if its id is now another process's.
     """
     import psutil
     if told["machine"] != platform.node():

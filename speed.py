@@ -5,12 +5,7 @@ policy and reference share), where nobody looks at it (padding, responses that h
 logits of a mini-batch. That is the clearest code.
 Levers; `make levers` switches each alone off and prints what it saves on each workload of the benchmark:
 
-    process    float32 products by oneDNN; freed memory kept                     tune_cpu
-    rollout    lean sampling loop: finished rows dropped, a cache with room      generate_batch, sample
-    record     the sampler's results used again; shared layers run once          record, recall, SharedTrunk
-    batches    rows of like length together, trimmed to even sizes               mini_batches, even_size
-    logits     in chunks, of response tokens alone; log-prob, entropy in one     forward, score_tokens
-    model      fused activations                                                 prepare
+@TABLE@
 
 Differs from the plain trainer in: nothing but the order in which float32 numbers are added up.
 tests/test_speed.py compares every override with the method that it replaces, and whole runs of both trainers.
@@ -55,8 +50,8 @@ def tune_cpu():
 def use_onednn_for_float32(force=False):
     """On AMD processors with AVX-512, multiply float32 matrices by oneDNN: MKL uses half their width.
 
-    Twice as fast in a forward and a backward pass. Elsewhere it does nothing (force: for the test). Only 2-D
-    products go this way; that is every linear layer. -> True if oneDNN multiplies from now on.
+    Elsewhere it does nothing (force: for the test). It replaces 2-D products, which is every linear layer.
+    -> True if oneDNN multiplies from now on.
     """
     cpuinfo = Path("/proc/cpuinfo")
     amd = cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8")
@@ -69,9 +64,8 @@ def use_onednn_for_float32(force=False):
     aten, linear = torch.ops.aten, torch.ops.mkldnn._linear_pointwise
 
     def stays_with_mkl(a, b):
-        # oneDNN builds a kernel for each new size, and keeps it. `even_size` makes the number of tokens a
-        # multiple of 8. Fewer than 8 rows are a rollout of few prompts: few sizes, for which MKL takes twice
-        # as long.
+        # oneDNN builds and keeps a kernel for each size, so it gets only multiples of 8, which even_size
+        # makes, and fewer than 8 rows: a rollout of few prompts, for which MKL takes twice as long.
         varied = any(n % 8 and least < n < 4096 for n, least in zip(a.shape, (8, 0)))
         return varied or a.dtype != torch.float32 or b.dtype != torch.float32 or 0 in (a.numel(), b.numel())
 
@@ -97,10 +91,7 @@ def use_onednn_for_float32(force=False):
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones, and not ask the system page by page.
-
-    Saves an eighth of a step's time for at most 3 % more memory at the peak. Acts on Linux with glibc.
-    """
+    """Let glibc keep the memory of freed tensors for the next ones, and not ask the system page by page."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3         # malloc.h
@@ -114,8 +105,8 @@ def keep_freed_memory():
 def even_size(n):
     """n rounded up to one of few sizes, by 7 or by an eighth at most: 8, 16, ... 128, 144, ... 256, 288, ...
 
-    Matrix products use kernels that are built for each size. A new one costs half a millisecond and half a
-    megabyte on a CPU, which is never given back; with ragged responses every mini-batch would bring new ones.
+    oneDNN builds a kernel for each size of a product: half a millisecond, and half a megabyte that is never
+    given back. With ragged responses every mini-batch would bring new sizes.
     """
     step = max(8, 2 ** ((n - 1).bit_length() - 4))
     return -(-n // step) * step
@@ -124,15 +115,14 @@ def even_size(n):
 class LogprobsAndEntropy(torch.autograd.Function):
     """Log-prob of the label and entropy from one pass over the logits: (n, V), (n,) -> (n,), (n,).
 
-    Only the log-prob has a gradient; an entropy bonus needs ppo_core.entropy_from_logits. Beside the logits
-    it holds one tensor of their size, the probabilities; autograd would hold several.
+    It keeps one tensor of the logits' size, the probabilities, where autograd would keep several. Only the
+    log-prob has a gradient; an entropy bonus needs ppo_core.entropy_from_logits.
     """
 
     @staticmethod
     def forward(ctx, logits, labels):
         probabilities = logits.softmax(-1)                                                          # (n, V)
-        # The largest probability is at least 1 / V, so its logarithm is exact to the last digits, and gives
-        # all others.
+        # The largest probability is at least 1 / V, so its logarithm is exact to the last digits.
         normaliser = logits.amax(-1) - probabilities.amax(-1).log()                  # log sum exp, (n,)
         logprobs = logits.gather(1, labels.unsqueeze(1)).squeeze(1) - normaliser
         # A logit of -inf has probability 0 and adds 0, but 0 * -inf would be NaN.
@@ -162,9 +152,9 @@ def forward_with_score(self, *args, score=None, **kwargs):
 def score_tokens(model, score, input_ids, attention_mask, positions, mask, chunk):
     """-> what `score` gives, and values: each (B, R, ...), 0 where mask (B, R) is 0.
 
-    score: function(logits (n, V) float32, index (n,)) -> tuple of tensors (n, ...); index: which of the B * R
-    places these tokens have. chunk: tokens whose logits may be held at once, or None for all. With more than
-    one chunk the logits are computed again in the backward pass: more time, and less memory.
+    score: function(logits (n, V) float32, index (n,)) -> tuple of tensors (n, ...); index: the places of the
+    tokens among the B * R. chunk: tokens whose logits may be held at once, or None for all. With more than
+    one chunk the logits are computed again in the backward pass.
     """
     position_ids = {}
     if model.takes_position_ids:
@@ -251,8 +241,7 @@ class SharedTrunk:
         frozen = {id(p) for p in ref_model.parameters() if not p.requires_grad}
         ref_modules = dict(ref_model.named_modules())
         for name, layers in model.named_modules():
-            # Some families give keys and values of a shared block to a later one (Gemma 3n): every block has
-            # to run.
+            # In some families later blocks read the keys of earlier ones (Gemma 3n): every block has to run.
             if not isinstance(layers, torch.nn.ModuleList) or any(map(reads_keys_of_others, layers)):
                 continue
             count = 0
@@ -269,11 +258,10 @@ class SharedTrunk:
         recorded = {}
 
         def keep(_, inputs, output):
-            # GPT-2's blocks give a tensor, Bloom's a tuple with the attention weights, which nobody asked for
+            # GPT-2's blocks give a tensor, Bloom's a tuple with attention weights
             hidden, *rest = output if isinstance(output, tuple) else (output,)
             if hidden.ndim != 3 or not all(value is None or is_attention(value, hidden) for value in rest):
-                # more than hidden states goes on from here: these blocks are computed as usual
-                self.blocks = []
+                self.blocks = []        # more than hidden states goes on: these blocks compute as usual
                 return
             self.rest = (None,) * len(rest) if isinstance(output, tuple) else None
             recorded["trunk"] = hidden
@@ -283,8 +271,7 @@ class SharedTrunk:
 
     def replay(self, hidden=None):
         """Within it the blocks of both models only give `hidden` (b, T, H); None = they compute as usual."""
-        # Their forward is replaced, not their place in the list: some models read each block's number or
-        # kind.
+        # Only their forward is replaced, because some models read each block's number or kind.
         output = hidden if self.rest is None else (hidden, *self.rest)
         return replaced_forward([] if hidden is None else self.blocks, output)
 
@@ -316,11 +303,9 @@ def is_attention(value, hidden):
 
 
 def draw(probabilities):
-    """One token from each row: (B, V) -> (B,), by inverting the distribution function at one random number
-    per row.
+    """One token from each row: (B, V) -> (B,), by the inverse distribution function at a random number.
 
-    In float64, so that a token of probability 1e-9 is drawn as often as it should be; one of probability 0
-    never is.
+    In float64: a token of probability 1e-9 is drawn as often as it should be, and one of 0 never is.
     """
     steps = probabilities.double().cumsum(-1)                                                       # (B, V)
     point = torch.rand(len(steps), 1, dtype=torch.float64, device=steps.device) * steps[:, -1:]
@@ -362,8 +347,7 @@ def roomy_cache(config, tokens):
 
 
 class Rollout:
-    """Responses as they are written, token by token, and what the policy computed for each token on the
-    way."""
+    """Responses as they are written token by token, and what the policy computed for each token."""
 
     def __init__(self, queries, new_tokens, pad_token_id, device):
         width = even_size(max(len(q) for q in queries))
@@ -430,8 +414,7 @@ class FastPPOTrainer(PPOTrainer):
         super().prepare(model, ref_model, optimizer, num_shared_layers)
         policy = self.language_model
         self.trunk = SharedTrunk(policy, distributed.unwrap(self.ref_model))
-        # Under ZeRO-3 every use of `lm_head` is an exchange between processes, which must be as many on each:
-        # one chunk.
+        # One chunk under ZeRO-3, where every use of `lm_head` is an exchange: as many on each process.
         vocabulary = policy.pretrained_model.get_output_embeddings().out_features
         tokens = max(8, LOGITS_AT_ONCE // vocabulary // 8 * 8)
         self.chunk = None if distributed.zero_stage(self.accelerator) == 3 else tokens
@@ -440,12 +423,10 @@ class FastPPOTrainer(PPOTrainer):
         self.sampled, self.sampled_by = {}, None            # see remember
 
     def generate_batch(self, language_model, queries, arguments):
-        """Lever: the lean sampling loop. Pure sampling is done token by token here; `generate` does all else.
-
-        Rows that have ended are dropped from the batch and its cache, where `generate` computes them to the
-        end; the cache is not copied at each token; and a token costs one random number, where
-        torch.multinomial draws one for each entry of the vocabulary. The distribution is the same; the
-        samples are not, as random numbers are used differently.
+        """Levers: rows that have ended leave the batch, where `generate` computes them to the end; the cache
+        is not copied at each token; a token costs one random number, where torch.multinomial draws one for
+        each entry of the vocabulary. The distribution is the same; the samples are not, as random numbers are
+        used differently. All but pure sampling is left to `generate`.
         """
         watches = arguments.get("logits_processor") or ()
         ignored = HARMLESS | {"synced_gpus", "logits_processor"}
@@ -463,8 +444,7 @@ class FastPPOTrainer(PPOTrainer):
             return self.sample(language_model, queries, arguments, cache, watches)
 
     def sample(self, language_model, queries, arguments, cache, watches):
-        """Pure sampling at config.temperature. -> list of responses (R_i,). watches: see
-        checks.WatchLogits."""
+        """Pure sampling at config.temperature. -> list of responses (R_i,). watches: checks.WatchLogits."""
         device = self.accelerator.device
         stop = arguments.get("eos_token_id", self.tokenizer.eos_token_id)
         stop = torch.as_tensor(stop, device=device).view(-1)
@@ -496,8 +476,7 @@ class FastPPOTrainer(PPOTrainer):
         """
         index = index[batch["lengths"][index].argsort(stable=True)]
         for part, rows in super().mini_batches(batch, index):
-            # without the last token: it is scored from the column before it, and nothing is scored from its
-            # own
+            # Without the last token's column: nothing is scored from it.
             T = even_size(max(1, int(rows["lengths"].max()) - 1))
             R = max(1, int(rows["response_lengths"].max()))
             for name, tensor in rows.items():
@@ -506,7 +485,7 @@ class FastPPOTrainer(PPOTrainer):
                     rows[name] = pad(tensor[:, :T], (*[0, 0] * (tensor.ndim - 2), 0, missing))
                 elif tensor.ndim > 1:
                     rows[name] = tensor[:, :R]
-            # of short rows they point into the padding
+            # Of short rows they point into the padding.
             rows["positions"] = rows["positions"].clamp(max=T - 1)
             yield part, rows
 
@@ -563,7 +542,7 @@ class FastPPOTrainer(PPOTrainer):
         """Whether the sampler's results may be used again. Asked each time, as a config may change.
 
         Not for the full KL, which needs all logits; not in TF32, a GPU's float32 with a mantissa of 10 bits;
-        and not in several processes, where a run is to be the same with and without DeepSpeed, to the bit.
+        not in several processes, where a run is to be the same, to the bit, with and without DeepSpeed.
         """
         one_process = self.accelerator.num_processes == 1 and distributed.zero_stage(self.accelerator) == 0
         return (self.exact and one_process and self.config.kl_penalty != "full"
@@ -592,8 +571,7 @@ class FastPPOTrainer(PPOTrainer):
             del self.sampled[oldest]
 
     def recall(self, batch):
-        """-> {"logprobs": (B, R), "values": (B, R)[, "trunk": (B, T - 1, H)]} of the sampler; or {}: compute
-        them.
+        """-> {"logprobs": (B, R), "values": (B, R)[, "trunk": (B, T - 1, H)]} of the sampler; or {}.
 
         They hold if each of these very tokens was sampled from these very weights; each is used once.
         """
