@@ -1,13 +1,13 @@
 """Optimizers and learning-rate schedules for PPO by name, and the parameters that they train.
 
-Why: Adam keeps 8 bytes of state for each float32 parameter, twice as much as the parameters themselves; Lion
-keeps half of that, 8-bit Adam a quarter, SGD nothing. The schedule matters more than in supervised training:
-the policy makes its own data, so no later batch repairs a step that was too large.
-Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675), see `lion_update`. 8-bit Adam comes from
-bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861): one byte per moment, one float32 scale per 256 entries.
-Differs from the paper in: nothing; from TRL 0.11.4 in: a schedule is stepped once per PPO step, whatever the
-number of processes and of accumulation steps (in TRL, N processes stepped it N times).
-Shapes: every function works on whole parameters of any shape.
+Why: Adam keeps 8 bytes of state for each float32 parameter of 4 bytes. Lion keeps half of that, 8-bit Adam a
+quarter, SGD nothing. The schedule matters more than in supervised training: the policy writes its own data,
+so after a step that was too large, the later batches are bad too.
+Source: Lion is algorithm 2 of Chen et al. 2023 (arXiv 2302.06675). 8-bit Adam comes from bitsandbytes
+(Dettmers et al. 2022, arXiv 2110.02861): one byte per moment, one float32 scale per 256 entries.
+Differs from the paper in: nothing; from TRL 0.11.4 in: a schedule is stepped once per PPO step on any number
+of processes (in TRL, N processes step it N times).
+Shapes: parameters may have any shape.
 Copy me: needs torch, and bitsandbytes for adam8bit. Tested by tests/test_optim.py.
 """
 import importlib.util
@@ -23,7 +23,7 @@ SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
 def trainable_parameters(model):
-    """-> list of the parameters that receive a gradient."""
+    """-> list of the parameters that receive a gradient; no optimizer needs the others."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has 0 trainable parameters; unfreeze some, or lower num_shared_layers")
@@ -31,7 +31,7 @@ def trainable_parameters(model):
 
 
 def default_learning_rate(name, adam=1.41e-5):
-    """-> the learning rate for the optimizer `name`. adam: the one that suits Adam (default: PPOConfig's).
+    """-> the learning rate for the optimizer `name`. adam: Adam's rate (default: PPOConfig's).
 
     Lion moves every entry by the whole learning rate, so it gets a third of Adam's.
     """
@@ -39,10 +39,10 @@ def default_learning_rate(name, adam=1.41e-5):
 
 
 def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41e-5):
-    """name: one of OPTIMIZERS. learning_rate: None = default_learning_rate(name, adam_learning_rate).
+    """-> a torch optimizer. name: one of OPTIMIZERS. learning_rate: if None, see default_learning_rate.
 
-    ValueError: the name is unknown, or adam8bit is asked for and bitsandbytes is not installed.
     adam8bit keeps 8-bit state for tensors of at least 4,096 entries, float32 state for smaller ones.
+    ValueError: the name is unknown, or bitsandbytes is not installed.
     """
     lr = default_learning_rate(name, adam_learning_rate) if learning_rate is None else learning_rate
     if name == "adam":
@@ -52,8 +52,8 @@ def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41
     if name == "lion":
         if lr >= adam_learning_rate:
             logger.warning(
-                "Lion's learning rate %.3g is not below %.3g, which suits Adam: every entry moves by all of "
-                "it, so a third to a tenth (%.3g to %.3g) is usual; going on with %.3g",
+                "Lion's learning rate %.3g is not below Adam's %.3g: every entry moves by all of it, so a "
+                "third to a tenth of Adam's (%.3g to %.3g) is usual; going on with %.3g",
                 lr, adam_learning_rate, adam_learning_rate / 3, adam_learning_rate / 10, lr)
         return Lion(parameters, lr=lr)
     if name == "adam8bit":
@@ -66,18 +66,17 @@ def make_optimizer(name, parameters, learning_rate=None, adam_learning_rate=1.41
 
 
 def state_bytes(optimizer):
-    """-> bytes of the state, which the first step creates."""
+    """-> bytes of the optimizer's state; 0 before the first step, which creates it."""
     tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    # by address, because in 8-bit Adam all parameters share one table of 256 values
+    # By address, because the states of all parameters in 8-bit Adam share two tables of 256 values.
     return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def make_schedule(name, optimizer, steps, warmup_steps=0):
     """-> a torch scheduler, to be stepped once per PPO step. name: one of SCHEDULES.
 
-    steps, warmup_steps: PPO steps in the whole run, on any number of processes. The learning rate rises
-    linearly during the warm-up. Then it stays (constant), falls to 0 at `steps` (linear, cosine), or falls to
-    1 % of its largest value at `steps` (exponential).
+    steps: PPO steps of the whole run. The learning rate rises linearly in the first `warmup_steps` of them.
+    Then it stays (constant), or falls until `steps`: to 0 (linear, cosine), to 1 % of its peak (exponential).
     """
     if name not in SCHEDULES:
         raise ValueError(f"lr_scheduler is {name!r}; use one of {', '.join(SCHEDULES)}")
@@ -106,19 +105,18 @@ def lion_update(parameter, gradient, momentum, lr, beta1, beta2, weight_decay):
     direction = (momentum * beta1 + gradient * (1 - beta1)).sign_()     # every entry moves by lr
     parameter.mul_(1 - lr * weight_decay)                               # decoupled weight decay, as in AdamW
     parameter.add_(direction, alpha=-lr)
-    momentum.mul_(beta2).add_(gradient, alpha=1 - beta2)    # beta2 averages for longer
+    momentum.mul_(beta2).add_(gradient, alpha=1 - beta2)                # with beta2 > beta1, a longer average
 
 
 class Lion(torch.optim.Optimizer):
-    """EvoLved Sign Momentum. It keeps one momentum tensor per parameter, half of Adam's state.
+    """Lion (EvoLved Sign Momentum) keeps one momentum tensor per parameter, half of Adam's state.
 
-    lr: every entry moves by lr, whatever its gradient: take Adam's divided by 3 to 10, and multiply Adam's
-    weight_decay by the same number.
+    lr: divide Adam's by 3 to 10. weight_decay: multiply Adam's by the same number.
     Do not use it with batches below 64 (section 5): the sign turns a small noisy gradient into a full step.
     """
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
-        # `not`, so that NaN, with which every comparison is false, is refused too
+        # With `not`, NaN is refused too, because a comparison with NaN is false.
         if not (lr > 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise ValueError(f"Lion needs lr > 0, weight_decay >= 0 and betas in [0, 1), got lr={lr}, "
                              f"weight_decay={weight_decay} and betas={tuple(betas)}; try lr=1e-4")
@@ -126,7 +124,7 @@ class Lion(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """closure: computes the loss and its gradients, as in every torch optimizer. -> the loss, or None."""
+        """closure: computes loss and gradients, as in every torch optimizer. -> the loss, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
