@@ -237,9 +237,13 @@ MEMORY_TARGET = 0.6         # of TRL's peak memory
 
 
 def worker(what, settings, python=sys.executable, launch=(), **environment):
-    """Run the task `what` of scripts/bench_worker.py in a process of its own. -> its measurements."""
+    """Run the task `what` of scripts/bench_worker.py in a process of its own. -> its measurements.
+
+    GOMP_SPINCOUNT: otherwise a busy program beside the bench slows a side down five times. None = not set.
+    """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "CUDA_VISIBLE_DEVICES": "", **environment}
+                   "CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "4000", **environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
     script = [str(ROOT / "scripts" / "bench_worker.py"), what, json.dumps(settings)]
     done = subprocess.run([*(launch or [str(python)]), *script], env=environment, capture_output=True,
                           text=True)
@@ -666,19 +670,18 @@ def profile(arguments):
 
 def neighbour(arguments):
     """Seconds of generate() alone, and beside one busy program without and with GOMP_SPINCOUNT."""
-    os.environ.pop("GOMP_SPINCOUNT", None)
     settings = {**SMALL, "batch_size": 8, "mini_batch_size": 8, "library": "ours", "trainer": "plain",
                 "iterations": arguments.iterations}
-    rows = [("alone", None, {}), ("beside a busy program", "while True: pass", {}),
-            ("the same, with GOMP_SPINCOUNT=4000", "while True: pass", {"GOMP_SPINCOUNT": "4000"})]
+    rows = [("alone", None, None), ("beside a busy program", "while True: pass", None),
+            ("the same, with GOMP_SPINCOUNT=4000", "while True: pass", "4000")]
     print("| generate() of 8 responses | s |\n|---|---|")
     with tempfile.TemporaryDirectory() as temporary:
         worker("models", {"folder": temporary, "names": ["gpt2"]})
         settings["model"] = str(Path(temporary) / "gpt2")
-        for title, program, environment in rows:
+        for title, program, spins in rows:
             busy = program and subprocess.Popen([sys.executable, "-c", program])
             try:
-                measured = worker("run", settings, **environment)
+                measured = worker("run", settings, GOMP_SPINCOUNT=spins)
             finally:
                 if busy:
                     busy.kill()
