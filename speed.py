@@ -7,7 +7,7 @@ Levers; `make levers` switches each one off alone, and prints what it saves on e
     process    float32 products by oneDNN; freed memory kept                     tune_cpu
     rollout    lean sampling loop: finished rows dropped, a cache with room      generate_batch, sample
     record     the sampler's results used again; shared layers run once          record, recall, SharedTrunk
-    batches    rows of like length together, trimmed to even sizes               mini_batches, even_size
+    batches    rows of like length, halved if they differ, of even sizes         mini_batches, even_size
     logits     in chunks, of response tokens alone; log-prob, entropy in one     forward, score_tokens
     model      fused activations                                                 prepare
 
@@ -113,6 +113,33 @@ def even_size(n):
     """
     step = max(8, 2 ** ((n - 1).bit_length() - 4))
     return -(-n // step) * step
+
+
+def halved(lengths, part):
+    """Row numbers `part` (b,), sorted by length -> list of pieces of it, so that less of each is padding.
+
+    A piece of 16 rows or more is halved if this leaves out more than 15 % of it: for less, one pass over all
+    rows takes less time than two. lengths: (B,) tokens.
+    """
+    length, half = lengths[part], len(part) // 2
+    if half < 8 or half * int(length[-1] - length[half - 1]) <= 0.15 * len(part) * int(length[-1]):
+        return [part]
+    return [*halved(lengths, part[:half]), *halved(lengths, part[half:])]
+
+
+def trimmed(rows):
+    """Rows of every tensor of a batch, without the columns that are padding in all of them."""
+    # The last token of a row is scored from the column before it, and its own column scores nothing.
+    T = even_size(max(1, int(rows["lengths"].max()) - 1))
+    R = max(1, int(rows["response_lengths"].max()))
+    for name, tensor in rows.items():
+        if name in ("input_ids", "attention_mask", "trunk"):
+            behind = (0, 0) * (tensor.ndim - 2)         # the trunk (b, T, H) keeps its H
+            rows[name] = pad(tensor, (*behind, 0, T - tensor.shape[1]))     # below 0, pad cuts off
+        elif tensor.ndim > 1:
+            rows[name] = tensor[:, :R]
+    rows["positions"] = rows["positions"].clamp(max=T - 1)      # those of padding may lie beyond
+    return rows
 
 
 class LogprobsAndEntropy(torch.autograd.Function):
@@ -448,23 +475,16 @@ class FastPPOTrainer(PPOTrainer):
         return responses
 
     def mini_batches(self, batch, index):
-        """Levers: rows of like length together, without the columns that are padding in all of them.
+        """Levers: rows of like length together, in halves if they differ much, without columns of padding.
 
         An optimizer step has the same rows in another order, and its loss is a sum over their tokens.
         """
-        index = index[batch["lengths"][index].argsort(stable=True)]
-        for part, rows in super().mini_batches(batch, index):
-            # The last token of a row is scored from the column before it, and its own column scores nothing.
-            T = even_size(max(1, int(rows["lengths"].max()) - 1))
-            R = max(1, int(rows["response_lengths"].max()))
-            for name, tensor in rows.items():
-                if name in ("input_ids", "attention_mask", "trunk"):
-                    behind = (0, 0) * (tensor.ndim - 2)         # the trunk (b, T, H) keeps its H
-                    rows[name] = pad(tensor, (*behind, 0, T - tensor.shape[1]))     # below 0, pad cuts off
-                elif tensor.ndim > 1:
-                    rows[name] = tensor[:, :R]
-            rows["positions"] = rows["positions"].clamp(max=T - 1)      # those of padding may lie beyond
-            yield part, rows
+        lengths = batch["lengths"]
+        index = index[lengths[index].argsort(stable=True)]
+        several = self.accelerator.num_processes > 1        # all of them must do equally many passes
+        for part in index.split(self.config.mini_batch_size):
+            for piece in [part] if several else halved(lengths, part):
+                yield piece, trimmed({name: tensor[piece] for name, tensor in batch.items()})
 
     def forward(self, model, rows, keep_logits=False):
         """Levers: logits in chunks, of response tokens alone; log-prob and entropy in one pass; the trunk.

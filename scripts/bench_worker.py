@@ -291,6 +291,10 @@ def without_rows_of_like_length(speed, trainer, change):
     change(trainer, "mini_batches", mini_batches)
 
 
+def without_halving(speed, trainer, change):
+    change(speed, "halved", lambda lengths, part: [part])
+
+
 def without_padding_left_out(speed, trainer, change):
     """Logits of every column of a mini-batch's responses, padding included."""
     score_tokens = speed.score_tokens
@@ -331,6 +335,7 @@ LEVERS = {
     "sampler's results used again": without_recall,
     "shared layers run once": without_shared_trunk,
     "rows of like length, trimmed": without_rows_of_like_length,
+    "mini-batches halved": without_halving,
     "logits of response tokens alone": without_padding_left_out,
     "logits in chunks": without_chunks,
     "log-prob and entropy in one pass": without_one_pass,

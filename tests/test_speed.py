@@ -73,9 +73,27 @@ def test_rows_of_like_length_are_put_together_and_none_is_lost():
         trainer.config.mini_batch_size = size
         return [lengths[part].tolist() for part, _ in trainer.mini_batches(batch, index)]
     fast, plain = make(batch_size=16), make(batch_size=16, trainer_class=PPOTrainer)
-    assert pieces(fast, index, 8) == [short, long] and pieces(fast, index, 16) == [short + long]
+    assert pieces(fast, index, 8) == [short, long]
+    assert pieces(fast, index, 16) == [short, long], "16 rows are halved: that leaves out 8 x 33 of 16 x 47"
+    assert len(speed.halved(torch.full((16,), 5), torch.arange(16))) == 1, "nothing would be left out"
+    assert len(speed.halved(lengths, torch.tensor([0, 1, 14, 15]))) == 1, "few rows are not worth two passes"
+    assert len(speed.halved(lengths.repeat(2).sort().values, torch.arange(32))) == 2, "halves of like length stay whole"
     assert [len(piece) for piece in pieces(fast, index[:5], 2)] == [2, 2, 1]
     assert pieces(plain, index, 8) == [lengths[index[:8]].tolist(), lengths[index[8:]].tolist()]
+
+
+def test_halved_mini_batches_give_the_weights_of_whole_ones(monkeypatch):
+    trained, halved = [], speed.halved
+    for whole in (False, True):
+        sizes = []
+        monkeypatch.setattr(speed, "halved", lambda lengths, part: [part] if whole else halved(lengths, part))
+        trainer = make(batch_size=16)
+        forward = trainer.forward
+        monkeypatch.setattr(trainer, "forward", lambda model, rows, **kw: sizes.append(len(rows["mask"])) or forward(model, rows, **kw))
+        trainer.step(*ragged((1, 30, 2, 28) * 4, query_lengths=(3,) * 16))
+        assert set(sizes) == {16 if whole else 8}
+        trained.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    assert max(float((trained[0][name] - trained[1][name]).abs().max()) for name in trained[0]) < 1e-6
 
 
 def test_the_fused_activation_is_gpt2s_own():
