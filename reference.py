@@ -2,7 +2,7 @@
 
 Why: a policy that only maximises a reward model soon writes text that only the reward model likes. The
 penalty needs the log-probs of the original model, which must not change by one bit. A second model costs as
-much memory as the first; layers that both share are stored once and frozen.
+much memory as the first; layers that both models share are stored once and frozen.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2. Names are those of TRL 0.11.4.
 Differs from TRL 0.11.4 in: shared layers are the same tensors in both models (TRL kept a second copy of
 them); only the embeddings and the first layers are shared (TRL froze OPT's final norm too, because it is
@@ -14,7 +14,7 @@ import copy
 
 from torch import nn
 
-# Where each family keeps its list of layers. The first that fits is used; `pattern=` replaces all of them.
+# Where each family keeps its list of layers. The first that fits is used; `pattern=` replaces them all.
 LAYER_PATTERNS = (
     "transformer.h.{layer}",            # GPT-2, GPT-J, GPT-Neo, CodeGen, Bloom, Falcon
     "model.decoder.layers.{layer}",     # OPT
@@ -30,7 +30,7 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
     in both models, frozen in both. None = nothing is shared and the whole policy can be trained. A tied
     `lm_head` is the same tensor as the embedding, so it is shared and frozen too.
     pattern: where the layers are, for a family not in LAYER_PATTERNS, such as "backbone.blocks.{layer}".
-    ValueError: the layers cannot be found, or the number is below 0 or above the number of layers.
+    ValueError: the layers are not found, or num_shared_layers is below 0 or above their number.
     """
     shared = [] if num_shared_layers is None else shared_parameters(model, num_shared_layers, pattern)
     for parameter in shared:
@@ -52,37 +52,38 @@ def shared_parameters(model, num_shared_layers, pattern=None):
 def parameters_below(model, layers_name, count):
     """-> list of the parameters used before layer number `count` of the list called `layers_name`."""
     trunk = layers_name[:layers_name.rfind(".") + 1]    # such as "transformer."; "" if there is none
-    below, layers_seen = [], False                      # modules after the layers are used after them
+    below, layers_seen = [], False
     for name, parameter in model.named_parameters():
         if name.startswith(layers_name + "."):
             layers_seen = True
-            if int(name[len(layers_name) + 1:].split(".")[0]) < count:
+            number = int(name.removeprefix(layers_name + ".").split(".")[0])
+            if number < count:
                 below.append(parameter)
+        # A parameter that is registered after the layers is taken to be used after them.
         elif name.startswith(trunk) and not layers_seen and not after_the_layers(name[len(trunk):]):
             below.append(parameter)
     return below
 
 
 def after_the_layers(name):
-    """True for modules that are used after the layers: the final norm, and OPT's project_out.
+    """True for a module that is used after the layers: the final norm, or OPT's project_out.
 
-    All other modules beside the layers belong to the embeddings (as Bloom's norm and OPT's project_in).
-    name: as it is called inside the inner model, such as "ln_f.weight".
+    name: of a parameter, inside the inner model, such as "ln_f.weight".
     """
     return name.split(".")[0] in {"ln_f", "norm", "final_layer_norm", "final_layernorm", "project_out"}
 
 
 def find_layers(model, pattern=None):
     """-> (dotted name, ModuleList) of the model's layers. ValueError if no pattern fits."""
+    patterns = list(LAYER_PATTERNS) if pattern is None else [pattern]
     modules = dict(model.named_modules())
-    for candidate in LAYER_PATTERNS if pattern is None else (pattern,):
+    for candidate in patterns:
         suffix = candidate.replace(".{layer}", "")
         for name, module in modules.items():
             if isinstance(module, nn.ModuleList) and (name == suffix or name.endswith("." + suffix)):
                 return name, module
     kind = type(getattr(model, "pretrained_model", model)).__name__
-    tried = [pattern] if pattern else list(LAYER_PATTERNS)
-    raise ValueError(f"cannot find the layers of {kind}: tried {tried}; "
+    raise ValueError(f"cannot find the layers of {kind}: tried {patterns}; "
                      "pass pattern='path.to.layers.{layer}'")
 
 

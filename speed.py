@@ -2,14 +2,21 @@
 
 Why: the plain trainer is the clearest code. It also computes what is known already (layers that policy and
 reference share) and what nobody reads (padding, responses that have ended), and holds all logits at once.
-Levers; `make levers` switches each one off alone, and prints what it saves on each workload of the benchmark:
+Levers, with what each saves: `make levers`, once, on 2 Intel cores. "-": not told apart from its noise, 10 %.
 
-    process    float32 products by oneDNN; freed memory kept                     tune_cpu
-    rollout    lean sampling loop: finished rows dropped, a cache with room      generate_batch, sample
-    record     the sampler's results used again; shared layers run once          record, recall, SharedTrunk
-    batches    rows of like length, halved if they differ, of even sizes         mini_batches, even_size
-    logits     in chunks, of response tokens alone; log-prob, entropy in one     forward, score_tokens
-    model      fused activations                                                 prepare
+    float32 products by oneDNN       nothing on Intel; it acts on AMD                   tune_cpu
+    freed memory kept                8 to 19 % of the time of W1 to W6                  tune_cpu
+    fused activations                17, 24 % of the time, 12, 14 % of memory: W1, W6   prepare
+    lean sampling loop               about 20 % of W2, W4, W6                           generate_batch, sample
+    one random number per token      14 % of W1 and W2                                  draw
+    cache with room                  - (for long responses)                             roomy_cache
+    finished rows dropped            - (for responses that end early)                   drop_finished
+    sampler's results used again     14 % of W2, 9 % of W4                              record, recall
+    shared layers run once           29 % of W2, 32 % of W4                             record, SharedTrunk
+    rows of like length, even sizes  -                                                 mini_batches, even_size
+    mini-batches halved              about a tenth of W6, against the version before    mini_batches, halved
+    response tokens alone, chunks    - (for memory, where responses are long)           forward, score_tokens
+    log-prob, entropy in one pass    2 to 5 % of the memory of W1, W2, W5, W6           LogprobsAndEntropy
 
 Differs from the plain trainer in: only the order in which float32 numbers are added, and how random numbers
 are used. tests/test_speed.py compares each override with the method that it replaces, and whole runs.

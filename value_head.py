@@ -2,13 +2,12 @@
 
 Why: PPO needs a baseline. Without one, every token is credited with the whole score, and the gradient is so
 noisy that the policy collapses before it learns. One linear layer is enough.
-Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. The names are those of TRL 0.11.4, so checkpoints
-move both ways.
+Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.1. Names and checkpoints are as in TRL 0.11.4.
 Differs from TRL 0.11.4 in: position ids come from the attention mask, so left padding changes nothing (in
-TRL, it changed GPT-2's log-probs by 0.3); the head reads the input of `lm_head`; `logit_positions` computes
-logits only where they are needed; weights load as float32 by default.
+TRL it changed GPT-2's log-probs by 0.3); the head reads the input of `lm_head`; with `logit_positions`,
+logits are computed only where they are needed; weights load as float32 by default.
 Shapes: (B, T) token ids -> logits (B, T, V), values (B, T). values[:, t] is V(all tokens up to and including
-token t), so it is known before token t+1 is chosen; ppo_core.py draws the picture.
+t), so it is known before token t+1 is chosen; ppo_core.py draws the picture.
 Copy me: needs torch and transformers, and bitsandbytes for 8 or 4 bits. Tested by tests/test_value_head.py.
 """
 import importlib.util
@@ -27,12 +26,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.utils import cached_file
 
 logger = logging.getLogger(__name__)
+HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
+# These keywords of from_pretrained also say where to look for the head.
+PLACE_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class ValueHead(nn.Module):
     """Hidden states (B, T, H) -> values (B, T, 1), in float32 even when the language model computes in bf16.
 
-    v_head_init_strategy: None = torch's own; "normal" = N(0, v_head_initializer_range) and a zero bias;
+    v_head_init_strategy: None = as in nn.Linear; "normal" = N(0, v_head_initializer_range) and a zero bias;
     "zero" = every value starts at 0, so the first advantages come from the rewards alone.
     """
 
@@ -46,18 +48,13 @@ class ValueHead(nn.Module):
                              "use None, 'normal' or 'zero'")
         if v_head_init_strategy is not None:
             std = v_head_initializer_range if v_head_init_strategy == "normal" else 0.0
-            nn.init.normal_(self.summary.weight, mean=0.0, std=std)
+            nn.init.normal_(self.summary.weight, std=std)
             nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden):
-        # float32 also under bf16 autocast: a value error of 1 % is the size of a typical advantage
+        # Autocast would use bf16: an error of 1 % in a value is as large as a typical advantage.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.summary(self.dropout(hidden.to(self.summary.weight.dtype)))
-
-
-# keywords of from_pretrained that say where the files are: the head is looked for where the weights are
-PLACE_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-HEAD_ARGUMENTS = ("summary_dropout_prob", "v_head_initializer_range", "v_head_init_strategy")
 
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
@@ -73,7 +70,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.config = pretrained_model.config
         self.is_loaded_in_8bit = getattr(pretrained_model, "is_loaded_in_8bit", False)
         self.is_loaded_in_4bit = getattr(pretrained_model, "is_loaded_in_4bit", False)
-        # Not config.hidden_size: OPT-350m projects 1,024 down to 512 before lm_head.
+        # Not config.hidden_size: OPT-350m projects 1,024 to 512 before lm_head.
         self.v_head = ValueHead(lm_head.in_features, **head_arguments).to(lm_head.weight.device)
         self.train(pretrained_model.training)      # the same mode for the head's dropout
         # Bloom computes positions from the mask and takes no position_ids.
@@ -83,43 +80,36 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load from a folder or a hub id, or wrap a model that is already loaded.
 
-        HEAD_ARGUMENTS go to ValueHead, all others to `AutoModelForCausalLM.from_pretrained`. A saved head is
-        loaded, or else a new one is made. With `load_in_8bit=True` or `load_in_4bit=True` the model can only
-        be a reference. No pickle is executed, and no code from the folder without `trust_remote_code=True`.
+        HEAD_ARGUMENTS go to ValueHead, all others to `AutoModelForCausalLM.from_pretrained`. If no head was
+        saved, a new one is made. A model in 8 or 4 bits can only be a reference. No pickle is executed,
+        and code from the folder only if `trust_remote_code=True` is given.
         ValueError: no model is found, or a part of it would be random.
         """
         head_arguments = {key: kwargs.pop(key) for key in HEAD_ARGUMENTS if key in kwargs}
         if isinstance(pretrained_model_name_or_path, PreTrainedModel):
             return cls(pretrained_model_name_or_path, **head_arguments)
         name = os.fspath(pretrained_model_name_or_path)
-        translate_bits(kwargs)
-        keep_on_one_device(kwargs)
-        if not ({"dtype", "torch_dtype", "quantization_config"} & set(kwargs)):
-            # not the file's type: a PPO update is smaller than the last bit of a bf16 weight
-            kwargs["dtype"] = torch.float32
-        kwargs.setdefault("trust_remote_code", False)       # None: transformers asks on the terminal
+        adapt_arguments(kwargs)
         try:
             with without_report_of_head():
                 language_model, report = AutoModelForCausalLM.from_pretrained(
                     name, *args, output_loading_info=True, **kwargs)
             head = find_value_head(name, **{key: kwargs[key] for key in PLACE_ARGUMENTS if key in kwargs})
         except OSError as error:
-            raise ValueError(f"no model found at {name!r}: it is neither a folder with config.json and "
-                             "weights nor a hub id that could be reached or is cached; pass a folder made by "
-                             "save_pretrained") from error
+            raise ValueError(f"no model found at {name!r}: it is no folder with config.json and weights, "
+                             "and no hub id in reach; pass a folder made by save_pretrained") from error
         refuse_partly_random(name, language_model, report)
         was_saved_with_head = vars(language_model.config).pop("value_head", False)      # see save_pretrained
         model = cls(language_model, **head_arguments)
         if head is None:
-            # Normal for a plain language model, but not for one that was saved with a head.
+            # This is normal, unless the model was saved with a head.
             level = logging.WARNING if was_saved_with_head else logging.INFO
             logger.log(level, "no value head in %s: a new one was made", name)
             return model
-        shapes = {key: tuple(tensor.shape) for key, tensor in model.v_head.state_dict().items()}
+        expected = {key: tuple(tensor.shape) for key, tensor in model.v_head.state_dict().items()}
         found = {key: tuple(tensor.shape) for key, tensor in head.items()}
-        if found != shapes:
-            raise ValueError(f"the value head of {name!r} is {found} but {shapes} was expected; "
-                             "get its files again")
+        if found != expected:
+            raise ValueError(f"the value head of {name!r} is {found}, not {expected}; get its files again")
         model.v_head.load_state_dict(head)
         return model
 
@@ -128,8 +118,8 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         """-> (lm_logits (B, T, V) float32, loss or None, values (B, T) float32[, past_key_values]).
 
         input_ids, attention_mask: (B, T), padded on either side; 1 in the mask = a real token.
-        logit_positions: (B, R) columns of T; then logits are (B, R, V) and values (B, R), of these columns,
-        and the largest tensor of a PPO step, logits (B, T, V) with prompt and padding, is not made.
+        logit_positions: (B, R), the columns to compute: logits are then (B, R, V) and values (B, R). All
+        logits, (B, T, V), would be the largest tensor of a PPO step.
         """
         if position_ids is None and attention_mask is not None and self.takes_position_ids:
             # Position 0 is the first real token, wherever the padding is.
@@ -148,18 +138,15 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             return (hidden,) + inputs[1:]
 
         # A hook works for every family, also where the logits are scaled or capped after lm_head.
-        handle = self.pretrained_model.get_output_embeddings().register_forward_pre_hook(read_input)
-        try:
+        with self.pretrained_model.get_output_embeddings().register_forward_pre_hook(read_input):
             output = self.pretrained_model(input_ids=input_ids, attention_mask=attention_mask,
                                            past_key_values=past_key_values, **kwargs)
-        finally:
-            handle.remove()
         values = self.v_head(head_inputs[0]).squeeze(-1).float()                        # (B, T) or (B, R)
         result = (output.logits.float(), output.loss, values)
         return result + (output.past_key_values,) if return_past_key_values else result
 
     def generate(self, *args, **kwargs):
-        """`generate` of the language model."""
+        """Generate with the language model alone."""
         return self.pretrained_model.generate(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
@@ -169,7 +156,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
         self.pretrained_model.gradient_checkpointing_disable()
 
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """The tensors of the language model by their names in transformers, and `v_head.*`, as in TRL."""
+        """The tensors of the language model, named as in transformers, and `v_head.*`, as in TRL."""
         state = self.pretrained_model.state_dict(*args, destination=destination, prefix=prefix,
                                                  keep_vars=keep_vars)
         return self.v_head.state_dict(destination=state, prefix=f"{prefix}v_head.", keep_vars=keep_vars)
@@ -184,90 +171,87 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
     def save_pretrained(self, folder, **kwargs):
         """Write config.json and safetensors; transformers loads them too, without the head."""
         kwargs.setdefault("state_dict", self.state_dict())
-        # By this entry from_pretrained knows that a head was saved. The language model may also be saved
-        # alone, so it does not stay.
+        # This entry of config.json tells from_pretrained that a head was saved. It is deleted afterwards,
+        # because the language model may also be saved alone.
         self.config.value_head = True
         self.pretrained_model.save_pretrained(folder, **kwargs)
         del self.config.value_head
-        remove_older_layout(folder)
+        # An earlier save with another shard size may have left the other one of these two files.
+        paths = [os.path.join(folder, name) for name in ("model.safetensors", "model.safetensors.index.json")]
+        if all(os.path.isfile(path) for path in paths):
+            os.remove(min(paths, key=lambda path: os.stat(path).st_mtime_ns))
 
 
 def refuse_partly_random(name, model, report):
     """ValueError if weights and config.json do not fit. report: the loading_info of transformers.
 
-    transformers makes missing tensors at random and leaves out unknown ones. An unknown tensor of a layer is
-    often an old buffer and harmless; a whole unknown layer is not.
+    transformers makes missing tensors at random and ignores unknown ones. An unknown tensor of a known layer
+    is often an old buffer and harmless; an unknown layer means that config.json is of another model.
     """
-    # A classifier whose lm_head is tied to the embedding misses no tensor; its lm_head was not trained.
-    for tensor in sorted(report["unexpected_keys"]):
-        if tensor.split(".")[0] in ("score", "classifier", "qa_outputs"):
-            raise ValueError(f"the model {name!r} is a classifier: its weights hold {tensor} and 0 trained "
-                             "language-model heads; pass a causal language model")
     # Older files start the names at the inner model: "h.0." where the whole model has "transformer.h.0.".
     parts = {part for module in (model, model.base_model) for part, _ in module.named_children()}
     names = "".join(f" .{tensor}" for tensor in model.state_dict())
     wrong = list(report["missing_keys"])
-    for tensor in report["unexpected_keys"]:
+    for tensor in sorted(report["unexpected_keys"]):
+        part = tensor.split(".")[0]
+        if part in ("score", "classifier", "qa_outputs"):
+            # If its lm_head is tied to the embedding, no tensor is missing, but lm_head was not trained.
+            raise ValueError(f"the model {name!r} is a classifier: its weights hold {tensor} and 0 trained "
+                             "language-model heads; pass a causal language model")
         layer = re.match(r".+?\.\d+\.", tensor)
-        if layer and f".{layer[0]}" not in names and tensor.split(".")[0] in parts:
+        if layer and part in parts and f".{layer[0]}" not in names:
             wrong.append(tensor)
     if wrong:
         raise ValueError(f"the model {name!r} would be loaded in part: {len(wrong)} tensors of its weights "
-                         f"and its config.json do not fit each other, {min(wrong)} first; "
-                         "get its files again")
+                         f"and its config.json do not fit, {min(wrong)} first; get its files again")
 
 
-def translate_bits(kwargs):
-    """Replace load_in_8bit and load_in_4bit in `kwargs` by the quantization_config of transformers 5."""
-    bits = {name: kwargs.pop(name) for name in ("load_in_8bit", "load_in_4bit") if name in kwargs}
-    if not any(bits.values()):
-        return
-    if kwargs.get("quantization_config") is not None:
-        raise ValueError(f"both {' and '.join(bits)} and a quantization_config are given; give one of them")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"{' and '.join(bits)} needs bitsandbytes; run: pip install bitsandbytes")
-    kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
-
-
-def keep_on_one_device(kwargs):
-    """Replace device_map="auto", which spreads a model over devices: PPO needs one device per process."""
+def adapt_arguments(kwargs):
+    """Change the keywords of from_pretrained, in place, to what transformers 5 and PPO need."""
+    # transformers 5 takes a quantization_config instead of load_in_8bit and load_in_4bit.
+    bits = {key: kwargs.pop(key) for key in ("load_in_8bit", "load_in_4bit") if key in kwargs}
+    if any(bits.values()):
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(f"{' and '.join(bits)} and a quantization_config are given; give one of them")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError(f"{' and '.join(bits)} needs bitsandbytes; run: pip install bitsandbytes")
+        kwargs["quantization_config"] = BitsAndBytesConfig(**bits)
+    # device_map="auto" spreads a model over all devices.
     on_gpu = torch.cuda.is_available()
     if kwargs.get("device_map") == "auto" and (on_gpu or int(os.environ.get("WORLD_SIZE", 1)) > 1):
-        kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"}
-        logger.warning("device_map='auto' was replaced by %s: PPO computes on one device per process",
-                       kwargs["device_map"])
+        device = int(os.environ.get("LOCAL_RANK", 0)) if on_gpu else "cpu"
+        kwargs["device_map"] = {"": device}
+        logger.warning("device_map='auto' was replaced by %r: PPO needs one device per process", device)
+    # The type in the file may be bf16, and a PPO update is smaller than the last bit of a bf16 weight.
+    if not ({"dtype", "torch_dtype", "quantization_config"} & set(kwargs)):
+        kwargs["dtype"] = torch.float32
+    # Otherwise transformers asks on the terminal whether code from the folder may run.
+    kwargs.setdefault("trust_remote_code", False)
 
 
 @contextmanager
 def without_report_of_head():
-    """transformers does not report `v_head.*` as unexpected weights, but all other ones."""
-    def about_other_weights(record):
+    """Hide transformers' report of weights that it did not expect, if it lists `v_head.*` alone."""
+    def is_to_be_shown(record):
         lines = record.getMessage().splitlines()
         rows = [line for line in lines if "|" in line and re.search("UNEXPECTED|MISSING|MISMATCH", line)]
         return not rows or not all("v_head." in row for row in rows)
     log = logging.getLogger("transformers.modeling_utils")
-    log.addFilter(about_other_weights)
+    log.addFilter(is_to_be_shown)
     try:
         yield
     finally:
-        log.removeFilter(about_other_weights)
-
-
-def remove_older_layout(folder):
-    """If `folder` has both a single weights file and an index of shards, remove the older of them."""
-    layouts = [os.path.join(folder, name) for name in ("model.safetensors", "model.safetensors.index.json")]
-    if all(os.path.isfile(path) for path in layouts):
-        os.remove(min(layouts, key=lambda path: os.stat(path).st_mtime_ns))
+        log.removeFilter(is_to_be_shown)
 
 
 def find_value_head(name, **place):
     """The saved head as {"summary.weight": (1, H), "summary.bias": (1,)}, or None. name: folder or hub id."""
     place.update(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    # transformers loads the first of these that exists, so the head is read from it. Older TRL wrote .bin.
+    # transformers loads the first of these that exists, and so the head is in it. Older TRL wrote .bin.
     candidates = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
                   "pytorch_model.bin.index.json")
     paths = (cached_file(name, candidate, **place) for candidate in candidates)
-    path = next((path for path in paths if path is not None), None)
+    path = next(filter(None, paths), None)
     if path is None:
         return None
     files = [path]
@@ -278,19 +262,14 @@ def find_value_head(name, **place):
         files = [cached_file(name, shard, **place) for shard in sorted(shards)]
     head = {}
     for file in files:
-        head.update(read_head(file))
+        if file.endswith(".bin"):
+            # weights_only=True refuses a pickle that would run code. The oldest format has no mmap.
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
+        else:
+            with safe_open(file, framework="pt") as weights:
+                tensors = {k: weights.get_tensor(k) for k in weights.keys() if k.startswith("v_head.")}
+        head.update({k.removeprefix("v_head."): v for k, v in tensors.items() if k.startswith("v_head.")})
     return head or None
-
-
-def read_head(file):
-    """-> the tensors of one weights file whose names start with "v_head.", by the rest of their names."""
-    if file.endswith(".bin"):
-        # weights_only=True refuses a pickle that would run code. The oldest format has no mmap.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-        return {key[len("v_head."):]: tensor for key, tensor in tensors.items() if key.startswith("v_head.")}
-    with safe_open(file, framework="pt") as tensors:
-        keys = [key for key in tensors.keys() if key.startswith("v_head.")]
-        return {key[len("v_head."):]: tensors.get_tensor(key) for key in keys}
 
 
 if __name__ == "__main__":
