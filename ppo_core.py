@@ -75,7 +75,7 @@ class PPOConfig:
     cliprange_value: float = knob(0.2, "a new value is clipped to the old one +- this")
     vf_coef: float = knob(0.1, "weight of the value loss beside the policy loss")
     ratio_threshold: float = knob(10.0, "skip an optimizer step whose mean ratio exceeds this")
-    early_stopping: bool = knob(False, "end a step's epochs once the policy moved 1.5 x target_kl")
+    early_stopping: bool = knob(False, "end a step's epochs once the policy moved over 1.5 x target_kl")
     target_kl: float = knob(1.0, "nats per token, new policy against rollout policy")
     # ---- sampling
     temperature: float = knob(1.0, "divides all logits: of sampler, rollout, update and reference")

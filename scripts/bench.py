@@ -239,7 +239,7 @@ MEMORY_TARGET = 0.6         # of TRL's peak memory
 def worker(what, settings, python=sys.executable, launch=(), **environment):
     """Run the task `what` of scripts/bench_worker.py in a process of its own. -> its measurements.
 
-    GOMP_SPINCOUNT: otherwise a busy program beside the bench slows a side down five times. None = not set.
+    GOMP_SPINCOUNT: as in scripts/train.py, because of busy programs beside the bench. None = not set.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                    "CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "4000", **environment}
