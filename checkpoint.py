@@ -21,6 +21,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -131,7 +132,16 @@ def state_to_save(trainer):
     random = state.pop("random")
     name, keys, *rest = random["numpy"]
     random["numpy"] = (name, keys.tolist(), *rest)      # weights_only refuses numpy's arrays
-    return state, random
+    return without_float64(state), random
+
+
+def without_float64(value):
+    """numpy's float64 as float, its base class: a LambdaLR often has some, and weights_only refuses them."""
+    if type(value) is dict:         # not a Counter, which a MultiStepLR has
+        return {key: without_float64(item) for key, item in value.items()}
+    if type(value) is list:
+        return [without_float64(item) for item in value]
+    return float(value) if isinstance(value, np.float64) else value
 
 
 def match_weights(model, weights):

@@ -233,6 +233,7 @@ WORKLOADS = {
 # for levers alone: two of them save nothing where responses are short
 LONG = {"W7": ("W1's model; batch 16, response 512, 1 epoch",
                {**SMALL, "batch_size": 16, "response": 512, "epochs": 1}, None)}
+ALL_WORKLOADS = {**WORKLOADS, **LONG}
 MEMORY_TARGET = 0.6         # of TRL's peak memory
 
 
@@ -317,7 +318,7 @@ def take_turns(arguments, plan):
     """
     runs, rates = [], {"float32": 0.0, "bfloat16": 0.0}
     with tempfile.TemporaryDirectory() as temporary:
-        models = sorted({{**WORKLOADS, **LONG}[name][1]["model"] for name in arguments.only})
+        models = sorted({ALL_WORKLOADS[name][1]["model"] for name in arguments.only})
         worker("models", {"folder": temporary, "names": models})
         for number in range(arguments.rounds):
             for kind, best in worker("rate", {"size": 2048}).items():
@@ -542,7 +543,7 @@ def lever_turns(name, levers):
 def levers(arguments):
     """The fast trainer with one lever off, in turn with the whole one -> levers.md and levers.json."""
     def plan(name):
-        settings = {**WORKLOADS, **LONG}[name][1]
+        settings = ALL_WORKLOADS[name][1]
         settings = {**settings, "library": "ours", "trainer": "fast"}
         return [(lever or "fast", {**settings, "without": lever}, sys.executable)
                 for lever in lever_turns(name, arguments.levers)]
@@ -571,7 +572,7 @@ def lever_savings(runs, name, lever):
 
 
 def write_levers(folder, about, runs):
-    names = [name for name in [*WORKLOADS, *LONG] if any(run["workload"] == name for run in runs)]
+    names = [name for name in ALL_WORKLOADS if any(run["workload"] == name for run in runs)]
     used = [lever for lever in MEASURED_ON if any(run["side"] == lever for run in runs)]
     savings = {lever: {name: lever_savings(runs, name, lever) for name in names} for lever in used}
     lines = ["Time and memory that a lever saves: the fast trainer, against the same with this lever off.",
@@ -720,7 +721,7 @@ def make_parser():
     fast.add_argument("--base", type=Path,
                       help="folder of another checkout, whose trainer the fast one runs against")
     switched = tables.add_parser("levers")
-    add_rounds(switched, rounds=2, workloads=[*WORKLOADS, *LONG])
+    add_rounds(switched, rounds=2, workloads=list(ALL_WORKLOADS))
     switched.add_argument("--levers", nargs="+", choices=list(MEASURED_ON), default=list(MEASURED_ON),
                           help="default: all")
     grown = tables.add_parser("growth")

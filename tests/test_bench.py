@@ -32,6 +32,16 @@ def test_a_workload_runs_in_a_process_of_its_own(tmp_path):
     assert measured["versions"]["torch"].startswith("2.") and "trl" not in measured["versions"]
 
 
+@pytest.mark.long
+def test_a_busy_neighbour_is_measured():
+    done = subprocess.run([sys.executable, "bench.py", "neighbour", "--iterations", "1"], cwd=SCRIPTS, capture_output=True,
+                          text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = re.findall(r"\| (alone|beside .*?|the same, .*?) \| (\d+\.\d\d) \|", done.stdout)
+    assert len(rows) == 3 and all(float(seconds) > 0 for _, seconds in rows), done.stdout
+    assert float(rows[2][1]) < float(rows[1][1])        # what train.py sets by itself helps
+
+
 def test_the_end_of_text_is_never_or_one_token_in_20():
     torch.manual_seed(0)
     ids = torch.randint(10, 4000, (16, 32))
@@ -140,7 +150,7 @@ def test_a_lever_is_compared_with_the_run_beside_it(tmp_path):
 
 def test_bench_knows_the_levers_of_its_worker():
     assert list(bench_worker.LEVERS) == list(bench.MEASURED_ON)
-    assert {name for names in bench.MEASURED_ON.values() for name in names} <= {*bench.WORKLOADS, *bench.LONG}
+    assert {name for names in bench.MEASURED_ON.values() for name in names} <= set(bench.ALL_WORKLOADS)
     with pytest.raises(AttributeError, match="up to date"):
         bench_worker.set_existing(bench, "no_such_name", None)
 

@@ -90,6 +90,7 @@ def rates(trainer, steps):
 @pytest.mark.parametrize("schedule", [
     *(lambda o, name=name: make_schedule(name, o, 9, warmup_steps=2) for name in SCHEDULES),
     lambda o: torch_schedules.LambdaLR(o, lambda step: 0.9 ** step), lambda o: torch_schedules.MultiStepLR(o, [2, 4]),
+    lambda o: torch_schedules.LambdaLR(o, lambda step: np.cos(0.1 * step)),       # its rates are numpy's float64
     lambda o: torch_schedules.StepLR(o, 2), lambda o: torch_schedules.OneCycleLR(o, 0.1, total_steps=9),
     lambda o: torch_schedules.SequentialLR(o, [torch_schedules.ConstantLR(o, 0.5), torch_schedules.ExponentialLR(o, 0.9)], [3])])
 def test_a_restored_schedule_goes_on_where_it_was(schedule, tmp_path):
@@ -112,7 +113,7 @@ class Cosine:
         return 0.5
 
 
-UNREADABLE = [lambda: np.float64(0.5), lambda: np.ones(2), lambda: lambda: 0, lambda: len, lambda: threading.Lock(), lambda: Cosine(1)]
+UNREADABLE = [lambda: np.float32(0.5), lambda: np.ones(2), lambda: lambda: 0, lambda: len, lambda: threading.Lock(), lambda: Cosine(1)]
 
 
 @pytest.mark.parametrize("inside", UNREADABLE, ids=["number of numpy", "array", "lambda", "function", "lock", "object"])
@@ -125,12 +126,7 @@ def test_a_schedule_that_could_not_be_loaded_is_refused_at_save(inside, tmp_path
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_an_optimizer_or_a_rate_that_could_not_be_loaded_is_refused_at_save(tmp_path):
-    """A learning rate of numpy's is one: a schedule that computes with numpy makes it."""
-    trainer = with_schedule(lambda o: torch_schedules.LambdaLR(o, lambda step: np.cos(0.1 * step)))
-    rates(trainer, 1)
-    with pytest.raises(ValueError, match="state was not written: the trainer's state"):
-        checkpoint.save(trainer, tmp_path / "state")
+def test_an_optimizer_that_could_not_be_loaded_is_refused_at_save(tmp_path):
     trainer = resumable("adam")
     some_steps(trainer, 1)
     checkpoint.save(trainer, tmp_path / "state")
