@@ -527,7 +527,7 @@ MEASURED_ON = {
     "finished rows dropped": ("W6",), "sampler's results used again": ("W1", "W2"),
     "shared layers run once": ("W2", "W4"), "rows of like length, trimmed": ("W6",),
     "mini-batches halved": ("W6",),
-    "logits of response tokens alone": ("W6",), "logits in chunks": ("W7",),
+    "logits in chunks": ("W7",),
     "log-prob and entropy in one pass": ("W1", "W2")}
 
 

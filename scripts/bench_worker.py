@@ -295,17 +295,6 @@ def without_halving(speed, trainer, change):
     change(speed, "halved", lambda lengths, part: [part])
 
 
-def without_padding_left_out(speed, trainer, change):
-    """Logits of every column of a mini-batch's responses, padding included."""
-    score_tokens = speed.score_tokens
-
-    def of_all_columns(model, score, *arguments, mask, **keywords):
-        results = score_tokens(model, score, *arguments, mask=torch.ones_like(mask), **keywords)
-        return [result * mask.view(*mask.shape, *[1] * (result.ndim - 2)) for result in results]
-
-    change(speed, "score_tokens", of_all_columns)
-
-
 def without_chunks(speed, trainer, change):
     change(speed, "LOGITS_AT_ONCE", 2 ** 62)
 
@@ -336,7 +325,6 @@ LEVERS = {
     "shared layers run once": without_shared_trunk,
     "rows of like length, trimmed": without_rows_of_like_length,
     "mini-batches halved": without_halving,
-    "logits of response tokens alone": without_padding_left_out,
     "logits in chunks": without_chunks,
     "log-prob and entropy in one pass": without_one_pass,
 }
