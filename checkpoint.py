@@ -35,7 +35,8 @@ MANIFEST = "manifest.json"
 
 def bytes_to_save(trainer, optimizer=True):
     """-> bytes of the tensors that `save` writes. optimizer=False: of those that save_pretrained writes."""
-    parameters = distributed.unwrap(trainer.model).parameters()
+    model = distributed.unwrap(trainer.model)
+    parameters = [p for p in model.parameters() if p.requires_grad or not model.is_peft_model]
     weights = sum(distributed.whole_numel(p) * p.element_size() for p in parameters)
     if not optimizer:
         return weights
@@ -106,9 +107,10 @@ def load(trainer, folder, check=True):
                 raise ValueError(f"{folder} was saved by a trainer with 0 {name} and this one has 1; make it "
                                  "as it was when it was saved")
         if stage == 0:
-            files = sorted((folder / "model").glob("*.safetensors"))
-            weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-            state["model"] = match_weights(distributed.unwrap(trainer.model), weights)
+            if "model" not in state:
+                files = sorted((folder / "model").glob("*.safetensors"))
+                state["model"] = {name: tensor for file in files for name, tensor in load_file(file).items()}
+            state["model"] = match_weights(distributed.unwrap(trainer.model), state["model"])
             sizes = [len(group["params"]) for group in expected["optimizer"]["param_groups"]]
             saved = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
             if sizes != saved:
@@ -125,7 +127,8 @@ def load(trainer, folder, check=True):
 def state_to_save(trainer):
     """-> (what trainer.pt holds, what random-<rank>.pt holds)"""
     state = trainer.state_dict()
-    state.pop("model", None)                # save_pretrained writes it
+    if not distributed.unwrap(trainer.model).is_peft_model:
+        state.pop("model", None)            # save_pretrained writes it; of adapters, under peft's names
     state.setdefault("optimizer", None)     # under ZeRO, where DeepSpeed writes it
     state["zero_stage"] = distributed.zero_stage(trainer.accelerator)
     state["processes"] = trainer.accelerator.num_processes

@@ -47,7 +47,7 @@ def check_inputs(config, model, ref_model, tokenizer, num_shared_layers, optimiz
         raise ValueError(f"config is a {type(config).__name__}; give a PPOConfig")
     for name, network in (("model", model), ("ref_model", ref_model)):
         has_head = hasattr(network, "v_head") and hasattr(network, "pretrained_model")
-        if not has_head and not (name == "ref_model" and network is None):
+        if not has_head and not (name == "ref_model" and (network is None or hasattr(network, "in_force"))):
             raise ValueError(f"{name} is a {type(network).__name__}; wrap it with "
                              "AutoModelForCausalLMWithValueHead.from_pretrained(...)")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -56,15 +56,24 @@ def check_inputs(config, model, ref_model, tokenizer, num_shared_layers, optimiz
     if tokenizer.eos_token is None:
         raise ValueError("the tokenizer has 0 end-of-text tokens, so no response could end; set "
                          "tokenizer.eos_token")
-    if model.is_loaded_in_8bit or model.is_loaded_in_4bit:
+    if (model.is_loaded_in_8bit or model.is_loaded_in_4bit) and not model.is_peft_model:
         raise ValueError("model is loaded in 8 or 4 bits, and 0 of its quantized weights can be trained; "
-                         "load it without, and only the reference in fewer bits")
+                         "load it without, and only the reference in fewer bits, or give it adapters with "
+                         "peft_config=")
+    if model.is_peft_model and ref_model is not None and not hasattr(ref_model, "in_force"):
+        raise ValueError("a ref_model is given beside a model with adapters, whose reference is the same "
+                         "model without them; leave ref_model out")
     if ref_model is not None and num_shared_layers is not None:
         raise ValueError(f"num_shared_layers is {num_shared_layers} but a ref_model is given; leave one of "
                          "them out, or make the reference with create_reference_model(model, "
                          "num_shared_layers)")
     if optimizer is not None:
         check_optimizer(optimizer, lr_scheduler, model)
+        rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        if config.value_learning_rate not in (None, *rates):
+            raise ValueError(f"value_learning_rate is {config.value_learning_rate} but the optimizer that is "
+                             f"given has learning rates {rates}; give it optim.trainable_parameters(model, "
+                             "value_learning_rate)")
     elif lr_scheduler is not None:
         raise ValueError("an lr_scheduler is given but 0 optimizers; pass the optimizer that it was built "
                          "over")
@@ -115,18 +124,33 @@ def check_batch(trainer, queries, responses, scores, response_masks):
         if not listed or len(scores) != size:
             raise ValueError(f"scores must be {size} numbers, one per response (batch_size), got "
                              f"{describe(scores)}")
-        for i, (query, response, score) in enumerate(zip(queries, responses, scores)):
+        for i, (query, response) in enumerate(zip(queries, responses)):
             mask = response if response_masks is None else response_masks[i]
             lengths_fit = 0 < len(query) <= limit - len(response) and len(mask) == len(response)
             if not lengths_fit or query.is_floating_point() or response.is_floating_point():
                 refuse_sample(i, query, response, mask, limit)
-            try:
-                float(score)
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise ValueError(f"score {i} of {size} is {score!r}, not one number; give one float per "
-                                 "response") from error
+        try:
+            list(map(float, scores))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            check_token_scores(trainer.config, scores, responses, response_masks, error)
     trainer.where = f"step {trainer.steps_done + 1}"
     trainer.checked_batch = (queries, responses, scores)        # for a BadNumbers that may follow
+
+
+def check_token_scores(config, scores, responses, masks, error):
+    """Scores that are not B numbers have to be B tensors (R_i,), a score for each token."""
+    if config.use_score_scaling or config.score_clip is not None:
+        raise ValueError("not every score is 1 number, but use_score_scaling and score_clip are made for 1 "
+                         "per response; give numbers, or turn both off") from error
+    for i, (score, response) in enumerate(zip(scores, responses)):
+        if not torch.is_tensor(score) or score.shape != response.shape:
+            found = f"a tensor of shape {tuple(score.shape)}" if torch.is_tensor(score) else repr(score)
+            raise ValueError(f"score {i} of {len(scores)} is {found} and its response has {len(response)} "
+                             "tokens; give one number for each response, or one for each token of all of them"
+                             ) from error
+        if masks is not None and bool((score * (masks[i] == 0)).any()):
+            raise ValueError(f"score {i} is not 0 at a token whose response_mask is 0; the policy did not "
+                             "choose that token, so set its score to 0") from error
 
 
 def refuse_sample(i, query, response, mask, limit):

@@ -39,12 +39,13 @@ logger = logging.getLogger(__name__)
 # ---------------------------------------------------------------------------------------------- the machine
 
 
-def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, timeout=600):
+def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, timeout=600, **kwargs):
     """-> the Accelerator: this process's device, the number of processes, the tracker. Call it first.
 
     The same call serves `python`, `torchrun` and `accelerate launch`, on GPUs and CPUs, with and without
     DeepSpeed. cpu=True: stay on the CPU although there is a GPU. timeout: seconds that a process waits for
-    the others. ValueError: a package is missing, or the machine cannot do what is asked.
+    the others. kwargs: go to the Accelerator. ValueError: a package is missing, or the machine cannot do what
+    is asked.
     """
     if log_with is not None and importlib.util.find_spec(log_with) is None:
         raise ValueError(f"log_with is {log_with!r}, which is not installed; run: pip install {log_with}")
@@ -60,7 +61,8 @@ def start(log_with=None, project_dir=None, mixed_precision=None, cpu=False, time
         warn_of_spinning_threads()
     waiting = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout))
     return Accelerator(log_with=log_with, project_dir=project_dir, mixed_precision=mixed_precision, cpu=cpu,
-                       deepspeed_plugin=plugin, kwargs_handlers=[waiting])
+                       deepspeed_plugin=plugin, kwargs_handlers=[waiting, *kwargs.pop("kwargs_handlers", ())],
+                       **kwargs)
 
 
 @functools.cache        # once per process
@@ -104,16 +106,17 @@ def zero3_init_disabled(accelerator):
     return plugin.zero3_init_context_manager(enable=False) if enabled else nullcontext()
 
 
-def tracker_arguments(log_with, folder):
-    """-> init_kwargs for accelerate's `init_trackers`. Without an account wandb would ask and wait, so then
-    it logs offline."""
+def tracker_arguments(log_with, folder, given):
+    """-> init_kwargs for accelerate's `init_trackers`: those of the user, `given`, and where to log. Without
+    an account wandb would ask and wait, so then it logs offline."""
     if log_with != "wandb":
-        return {}
+        return given
     import wandb
-    if wandb.api.api_key is not None or "WANDB_MODE" in os.environ:
-        return {"wandb": {"dir": folder}}
-    logger.warning("no wandb account is set up: logging offline in %s; `wandb sync` uploads it", folder)
-    return {"wandb": {"dir": folder, "mode": "offline"}}
+    settings = {"dir": folder, **given.get("wandb", {})}
+    if "mode" not in settings and wandb.api.api_key is None and "WANDB_MODE" not in os.environ:
+        logger.warning("no wandb account is set up: logging offline in %s; `wandb sync` uploads it", folder)
+        settings["mode"] = "offline"
+    return {**given, "wandb": settings}
 
 
 def seed_everything(seed, rank=0):
@@ -291,6 +294,8 @@ def prepare_reference(accelerator, model):
     """-> the frozen reference: on the device, or sharded under ZeRO-3. A quantized one stays as it is."""
     if quantized(model):
         return model
+    if hasattr(model, "in_force") and zero_stage(accelerator) == 3:
+        raise ValueError("with adapters 0 weights may be divided, as ZeRO-3 does; take ZeRO-2")
     if zero_stage(accelerator) < 3:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         if half is not None and accelerator.state.deepspeed_plugin is not None:
@@ -314,15 +319,17 @@ def unwrapped_for_generation(accelerator, model, gather=True, batches=1):
     Otherwise each forward pass exchanges them layer by layer, and in_step is True: all must go on until the
     last process has its EOS. batches: how many this process generates, the same number on all.
     """
-    bare = getattr(model, "module", model)
-    sharded = any(hasattr(p, "ds_id") for p in bare.parameters())
-    in_step = sharded and not gather and accelerator.num_processes > 1
-    counts = gather_object([batches]) if in_step else [batches]
-    if len(set(counts)) > 1:
-        raise ValueError(f"the processes write {counts} batches, but layer by layer all must write the same "
-                         "number; give each as many queries, or set ds3_gather_for_generation=True")
-    with gathered(bare, model.optimizer) if sharded and gather else nullcontext():
-        yield bare, in_step
+    # An AdapterReference gives the policy; for other models it is None.
+    with getattr(model, "in_force", nullcontext)() as policy:
+        bare = policy or getattr(model, "module", model)
+        sharded = any(hasattr(p, "ds_id") for p in bare.parameters())
+        in_step = sharded and not gather and accelerator.num_processes > 1
+        counts = gather_object([batches]) if in_step else [batches]
+        if len(set(counts)) > 1:
+            raise ValueError(f"the processes write {counts} batches, but layer by layer all must write the "
+                             "same number; give each as many queries, or set ds3_gather_for_generation=True")
+        with gathered(bare, model.optimizer) if sharded and gather else nullcontext():
+            yield bare, in_step
 
 
 @contextmanager

@@ -22,12 +22,20 @@ OPTIMIZERS = ("adam", "sgd", "lion", "adam8bit")
 SCHEDULES = ("constant", "linear", "cosine", "exponential")
 
 
-def trainable_parameters(model):
-    """-> list of the parameters that receive a gradient; no optimizer needs the others."""
+def trainable_parameters(model, value_learning_rate=None):
+    """-> list of the parameters that receive a gradient; no optimizer needs the others.
+
+    value_learning_rate: of the value head: -> a list of two groups, the second with this learning rate.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has 0 trainable parameters; unfreeze some, or lower num_shared_layers")
-    return parameters
+    if value_learning_rate is None:
+        return parameters
+    head = list(model.v_head.parameters())
+    numbers = {id(p) for p in head}
+    return [{"params": [p for p in parameters if id(p) not in numbers]},
+            {"params": head, "lr": value_learning_rate}]
 
 
 def default_learning_rate(name, adam=1.41e-5):

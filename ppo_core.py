@@ -69,11 +69,14 @@ class PPOConfig:
     # ---- advantages
     gamma: float = knob(1.0, "discount per token; 1 = none, as responses are short")
     lam: float = knob(0.95, "GAE's lambda; 1 = Monte Carlo returns, 0 = one-step differences")
+    lam_value: Optional[float] = knob(None, "the lambda of the returns that values learn; default: lam")
     whiten_rewards: bool = knob(False, "scale rewards around their mean to std 1: [1, 3] -> [1.29, 2.71]")
     # ---- the loss
     cliprange: float = knob(0.2, "new/old probability is clipped to 1 +- this")
     cliprange_value: float = knob(0.2, "a new value is clipped to the old one +- this")
     vf_coef: float = knob(0.1, "weight of the value loss beside the policy loss")
+    critic_warmup_steps: int = knob(0, "first steps, in which the value head alone is trained")
+    value_learning_rate: Optional[float] = knob(None, "of the value head; default: learning_rate")
     ratio_threshold: float = knob(10.0, "skip an optimizer step whose mean ratio exceeds this")
     early_stopping: bool = knob(False, "end a step's epochs once the policy moved over 1.5 x target_kl")
     target_kl: float = knob(1.0, "nats per token, new policy against rollout policy")
@@ -97,10 +100,12 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be greater than 0")
-        for name, high in (("gamma", 1), ("lam", 1), ("init_kl_coef", np.inf), ("learning_rate", np.inf),
-                           ("vf_coef", np.inf)):
-            if not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be between 0 and {high}")
+        for name, high in (("gamma", 1), ("lam", 1), ("lam_value", 1), ("init_kl_coef", np.inf),
+                           ("learning_rate", np.inf), ("value_learning_rate", np.inf), ("vf_coef", np.inf),
+                           ("critic_warmup_steps", np.inf)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= high:
+                raise ValueError(f"{name} is {value}; it must be between 0 and {high}")
         if self.log_with not in (None, "wandb", "tensorboard"):
             raise ValueError(f"log_with is {self.log_with!r}; use 'wandb', 'tensorboard' or None")
         if self.kl_penalty not in ("kl", "abs", "mse", "full"):
@@ -164,20 +169,23 @@ def entropy_from_logits(logits):
     return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
 
 
-def gae(rewards, values, mask, gamma, lam):
+def gae(rewards, values, mask, gamma, lam, lam_value=None):
     """Generalised advantage estimation, equations 11 and 16 of arXiv 1506.02438.
 
     rewards, values, mask: (B, R) -> advantages (B, R), returns (B, R) = advantages + values, both before
-    whitening. The value after the last token is 0. A token masked in the middle counts as value 0, as in TRL.
+    whitening and 0 outside the mask. The value after the last token is 0. Tokens that are masked in the
+    middle are passed over, as if they were not there. lam_value: for the returns (arXiv 2503.01491).
     """
-    rewards, values = rewards * mask, values * mask    # or what stands in the padding would be carried back
+    if lam_value is not None:
+        return gae(rewards, values, mask, gamma, lam)[0], gae(rewards, values, mask, gamma, lam_value)[1]
+    rewards, values, chosen = rewards * mask, values * mask, mask.bool()
     advantages = torch.zeros_like(rewards)
-    advantage = torch.zeros_like(rewards[:, 0])                              # (B,), of the token after t
+    advantage = next_value = torch.zeros_like(rewards[:, 0])        # (B,), of the chosen token after t
     for t in reversed(range(rewards.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else 0.0
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * advantage
-        advantages[:, t] = advantage
+        advantage = torch.where(chosen[:, t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(chosen[:, t], values[:, t], next_value)
+        advantages[:, t] = advantage * mask[:, t]
     return advantages, advantages + values
 
 
@@ -256,7 +264,8 @@ class LengthSampler:
 
 # Settings of `generate` that never change the sampled distribution; and others, with the values that do not
 # change it. None never does. The first value is passed to `generate`, unless it is None.
-HARMLESS = {"max_new_tokens", "max_length", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache"}
+HARMLESS = {"max_new_tokens", "max_length", "pad_token_id", "eos_token_id", "bos_token_id", "use_cache",
+            "stopping_criteria"}
 NEUTRAL = {"do_sample": (True,), "top_k": (0,), "top_p": (1.0,), "min_p": (0.0,), "typical_p": (1.0,),
            "repetition_penalty": (1.0,), "no_repeat_ngram_size": (0,), "num_beams": (1,),
            "min_length": (0, -1), "min_new_tokens": (None, 0), "num_return_sequences": (1,),
@@ -345,9 +354,13 @@ class PPOTrainer:
         self.score_moments = rewards.RunningMoments()
         self.steps_done, self.where = 0, "before the first step"       # `where` is for error messages
         if config.log_with is not None:
-            settings = {k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))}
-            trackers = distributed.tracker_arguments(config.log_with, self.accelerator.logging_dir)
-            self.accelerator.init_trackers(config.tracker_project_name, settings, trackers)
+            self.init_trackers()
+
+    def init_trackers(self, **arguments):       # {tracker: settings}
+        config, folder = self.config, self.accelerator.logging_dir
+        settings = {k: v for k, v in vars(config).items() if isinstance(v, (int, float, str))}
+        trackers = distributed.tracker_arguments(config.log_with, folder, arguments)
+        self.accelerator.init_trackers(config.tracker_project_name, settings, trackers)
 
     def prepare(self, model, ref_model, optimizer, num_shared_layers):
         """Set self.model, ref_model and optimizer: on their device, without dropout, wrapped for this run."""
@@ -361,7 +374,8 @@ class PPOTrainer:
             # Non-reentrant: it also works where the first layers are frozen and no input needs a gradient.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if optimizer is None:
-            optimizer = optim.make_optimizer("adam", optim.trainable_parameters(model), config.learning_rate)
+            parameters = optim.trainable_parameters(model, config.value_learning_rate)
+            optimizer = optim.make_optimizer("adam", parameters, config.learning_rate)
         # not the scheduler, which accelerate would step once per process
         self.model, self.optimizer = distributed.prepare_model(
             self.accelerator, model, optimizer, config.mini_batch_size, config.max_grad_norm,
@@ -440,8 +454,8 @@ class PPOTrainer:
     def step(self, queries, responses, scores, response_masks=None):
         """One PPO step on B = batch_size responses. -> dict of statistics, see docs/metrics.md.
 
-        queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers. response_masks:
-        B tensors (R_i,), 0 = not chosen by the policy (a tool's answer, say).
+        queries, responses: lists of B tensors (Q_i,), (R_i,) of token ids. scores: B numbers, or B tensors
+        (R_i,), one per token. response_masks: B tensors (R_i,), 0 = not chosen by the policy (a tool's text).
         ValueError: wrong arguments. BadNumbers: NaN or infinity, which has reached neither weights nor
         optimizer; optimizer steps that this call took before it stay.
         """
@@ -449,36 +463,36 @@ class PPOTrainer:
         checks.check_batch(self, queries, responses, scores, response_masks)
         batch = collate([q.to(device) for q in queries], [r.to(device) for r in responses], response_masks,
                         self.tokenizer.pad_token_id)
-        mask, scaling = batch["mask"], None                                                         # (B, R)
+        mask, scaling = batch["mask"], config.use_score_scaling                                     # (B, R)
         moments = copy.copy(self.score_moments)     # kept at the end, so that a refused batch leaves no trace
-        batch["raw_scores"] = torch.tensor([float(score) for score in scores], device=device)       # (B,)
-        if config.use_score_scaling:
-            scaling = moments
+        token_scores = [torch.as_tensor(s, dtype=torch.float32, device=device).view(-1) for s in scores]
+        batch["raw_scores"] = torch.stack([s.sum() for s in token_scores])                          # (B,)
+        if scaling:
             moments.update(batch["raw_scores"], self.reduce)
-        batch["scores"] = rewards.process_scores(batch["raw_scores"], scaling, config.use_score_norm,
-                                                 config.score_clip)                                 # (B,)
+        batch["scores"] = rewards.process_scores(batch["raw_scores"], moments if scaling else None,
+                                                 config.use_score_norm, config.score_clip)          # (B,)
         # (a) rollout, second part: log-probs and values of these tokens, and the reference's log-probs
         batch["logprobs"], batch["values"], batch["ref_logprobs"], batch["kl"] = self.record(batch)
         times.append(time.perf_counter())
         # (c) rewards: the KL penalty at each token, the score at the last
         batch["rewards"], batch["non_score_reward"] = rewards.token_rewards(
-            batch["scores"], batch["kl"], mask, self.kl_ctl.value)
+            batch["scores"], batch["kl"], mask, self.kl_ctl.value, token_scores)
         checks.check_numbers(self, batch)       # before a mean over all processes spreads what is not finite
         if config.whiten_rewards:
             batch["rewards"] = masked_whiten(batch["rewards"], mask, shift_mean=False, reduce=self.reduce)
         times.append(time.perf_counter())
         # (d) advantages: how much better than expected each token was. Whitened, so that the policy's step
         # does not depend on the scale of the rewards; the values have to learn that scale.
-        unwhitened, batch["returns"] = gae(batch["rewards"], batch["values"], mask, config.gamma, config.lam)
+        unwhitened, batch["returns"] = gae(batch["rewards"], batch["values"], mask, config.gamma, config.lam,
+                                           config.lam_value)
         batch["advantages"] = masked_whiten(unwhitened, mask, reduce=self.reduce)
         times.append(time.perf_counter())
         # (e) update: the recorded log-probs and values stay, however far the policy moves
         optimizer_steps, ratios = self.update(batch)
         times.append(time.perf_counter())
         # (f) book-keeping: the KL coefficient changes last, so that the one in use is logged
-        stats = {**self.update_stats(optimizer_steps), **self.batch_stats(batch)}
-        stats["ppo/policy/ratio"] = ratios.cpu()
-        stats["ppo/learning_rate"] = self.optimizer.param_groups[0]["lr"]
+        stats = {**self.update_stats(optimizer_steps), **self.batch_stats(batch),
+                 "ppo/policy/ratio": ratios.cpu(), "ppo/learning_rate": self.optimizer.param_groups[0]["lr"]}
         self.kl_ctl.update(stats["objective/kl"], config.batch_size * self.accelerator.num_processes)
         self.score_moments = moments
         self.count_step()
@@ -534,6 +548,7 @@ class PPOTrainer:
         if self.config.optimize_device_cache:       # the update needs blocks of other sizes than the rollout
             distributed.clear_device_cache(self.accelerator.device)
         self.model.train()    # for gradient checkpointing, which is off in eval mode; every dropout rate is 0
+        self.language_model.v_head.alone = self.steps_done < self.config.critic_warmup_steps
         optimizer_steps, ratios = [], []
         rows_per_step = self.config.mini_batch_size * self.config.gradient_accumulation_steps
         for epoch in range(self.config.ppo_epochs):
@@ -600,7 +615,7 @@ class PPOTrainer:
         pg_loss, ratio, clipped = policy_loss(rows["logprobs"] + log_ratio, rows["logprobs"], advantages,
                                               config.cliprange)
         vf_loss, vf_clipped = value_loss(new_values, values, returns, config.cliprange_value)
-        loss = ((pg_loss + config.vf_coef * vf_loss) * mask).sum()
+        loss = ((pg_loss * (not self.language_model.v_head.alone) + config.vf_coef * vf_loss) * mask).sum()
         with torch.no_grad():
             # in the order of TERMS
             terms = (pg_loss, vf_loss, entropy, 0.5 * log_ratio.square(), -log_ratio, clipped, advantages,
@@ -669,8 +684,12 @@ class PPOTrainer:
         if self.config.log_with is None:
             return
         rewards = distributed.gather_lists(self.accelerator, [float(r) for r in rewards])
-        logs = {name: value for name, value in stats.items() if isinstance(value, (int, float))}
-        logs["env/reward_mean"], logs["env/reward_std"] = float(np.mean(rewards)), float(np.std(rewards))
+        stats = {**stats, "env/reward_mean": np.mean(rewards), "env/reward_std": np.std(rewards),
+                 "env/reward_dist": np.array(rewards)}
+        arrays = {name: value.detach().float().cpu().numpy() if torch.is_tensor(value) else np.asarray(value)
+                  for name, value in stats.items()}
+        # Of several numbers wandb makes a histogram; accelerate's tensorboard leaves them out.
+        logs = {name: array.item() if array.size == 1 else array for name, array in arrays.items()}
         if self.config.log_with == "wandb":
             import wandb
             columns = [distributed.gather_lists(self.accelerator, batch[name]) for name in columns_to_log]

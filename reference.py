@@ -2,17 +2,24 @@
 
 Why: a policy that only maximises a reward model soon writes text that only the reward model likes. The
 penalty needs the log-probs of the original model, which must not change by one bit. A second model costs as
-much memory as the first; layers that both models share are stored once and frozen.
+much memory as the first. There are three ways to make one: a copy; a copy that shares its first layers with
+the policy, stored once and frozen; and, where only adapters are trained, the policy without its adapters.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2. Names are those of TRL 0.11.4.
 Differs from TRL 0.11.4 in: shared layers are the same tensors in both models (TRL kept a second copy of
 them); only the embeddings and the first layers are shared (TRL froze OPT's final norm too, because it is
-registered before the layers); a layer number outside the model is an error.
+registered before the layers); a layer number outside the model is an error; adapters that were trained
+before are their own reference (in TRL the model without them was).
 Shapes: every layer maps hidden states (B, T, H) to (B, T, H), as drawn in ppo_core.py.
-Copy me: needs torch. Tested by tests/test_reference.py.
+Copy me: needs torch. Tested by tests/test_reference.py and tests/test_adapters.py.
 """
 import copy
+import logging
+from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # Where each family keeps its list of layers. The first that fits is used; `pattern=` replaces them all.
 LAYER_PATTERNS = (
@@ -30,14 +37,57 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
     in both models, frozen in both. None = nothing is shared and the whole policy can be trained. A tied
     `lm_head` is the same tensor as the embedding, so it is shared and frozen too.
     pattern: where the layers are, for a family not in LAYER_PATTERNS, such as "backbone.blocks.{layer}".
+    A model with adapters shares everything: -> an AdapterReference.
     ValueError: the layers are not found, or num_shared_layers is below 0 or above their number.
     """
+    if getattr(model, "is_peft_model", False):
+        if num_shared_layers is not None:
+            raise ValueError(f"num_shared_layers is {num_shared_layers}, but with adapters all layers are "
+                             "shared already; leave it out")
+        return AdapterReference(model)
     shared = [] if num_shared_layers is None else shared_parameters(model, num_shared_layers, pattern)
     for parameter in shared:
         parameter.requires_grad_(False)
     # The second argument of deepcopy lists objects that it takes as already copied.
     reference = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
     return reference.requires_grad_(False).eval()
+
+
+class AdapterReference(nn.Module):
+    """The reference of a policy with adapters (adapters.py): that policy itself, without a second model.
+
+    New adapters add nothing, so they are switched off. Adapters that were trained before are replaced by a
+    frozen copy of what they were: without them it would be another policy.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.policy, self.start = [model], None     # in a list, or its parameters would be this module's too
+        self.trained = [p for p in model.pretrained_model.parameters() if p.requires_grad]
+        if not model.adapters_add_nothing():
+            self.start = nn.ParameterList(p.detach().clone() for p in self.trained).requires_grad_(False)
+            logger.warning("the adapters were trained before: a frozen copy of them (%.1f MB) is the "
+                           "reference, not the model without them", sum(p.nbytes for p in self.start) / 1e6)
+
+    @contextmanager
+    def in_force(self):
+        """Context -> the policy's module, which computes as the reference inside the `with` block."""
+        if self.start is None:
+            with self.policy[0].pretrained_model.disable_adapter():
+                yield self.policy[0]
+            return
+        now = [parameter.data for parameter in self.trained]
+        try:
+            for parameter, start in zip(self.trained, self.start):
+                parameter.data = start.to(parameter.device, parameter.dtype)
+            yield self.policy[0]
+        finally:
+            for parameter, data in zip(self.trained, now):
+                parameter.data = data
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad(), self.in_force() as model:
+            return model(*args, **kwargs)
 
 
 def shared_parameters(model, num_shared_layers, pattern=None):
@@ -94,7 +144,6 @@ def shared_bytes(model, reference):
 
 
 if __name__ == "__main__":
-    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=50, n_embd=32, n_layer=4, n_head=2, bos_token_id=0, eos_token_id=0)

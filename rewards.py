@@ -18,6 +18,7 @@ import sys
 import traceback
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 def load_reward_model(name, device="cpu", batch_size=64):
@@ -212,11 +213,14 @@ def full_kl(logits, ref_logits):
     return (probs * (logp - ref_logp)).masked_fill(probs == 0, 0.0).sum(-1)
 
 
-def token_rewards(scores, kl, mask, kl_coef):
+def token_rewards(scores, kl, mask, kl_coef, token_scores=()):
     """-> rewards, non_score_reward, both (B, R): -kl_coef * kl with and without the score of the response.
     scores (B,), kl (B, R), mask (B, R). The score is added at the last token; an empty response gets none.
+    token_scores: B tensors (R_i,) of which each number is added at its own token; or none, or (1,) each.
     """
     non_score_reward = -kl_coef * kl
+    if any(len(row) > 1 for row in token_scores):
+        return non_score_reward + pad_sequence(token_scores, batch_first=True) * mask, non_score_reward
     # The last position whose mask is 1. A mask may have holes, so its sum does not give it.
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)      # (R,)
     last = (mask * positions).argmax(dim=1, keepdim=True)                   # (B, 1)

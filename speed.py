@@ -2,21 +2,22 @@
 
 Why: the plain trainer is the clearest code. It also computes what is known already (layers that policy and
 reference share) and what nobody reads (padding, responses that have ended), and holds all logits at once.
-Levers, with what each saves: `make levers`, once, on 2 Intel cores. "-": not told apart from its noise, 10 %.
+Levers, with what each saves of the time (of memory: m): `make levers ARGS="--rounds 3"`, on 2 AMD cores.
 
-    float32 products by oneDNN       nothing on Intel; it acts on AMD                   tune_cpu
-    freed memory kept                8 to 19 % of the time of W1 to W6                  tune_cpu
-    fused activations                17, 24 % of the time, 12, 14 % of memory: W1, W6   prepare
-    lean sampling loop               about 20 % of W2, W4, W6                           generate_batch, sample
-    one random number per token      14 % of W1 and W2                                  draw
-    cache with room                  - (for long responses)                             roomy_cache
-    finished rows dropped            - (for responses that end early)                   drop_finished
-    sampler's results used again     14 % of W2, 9 % of W4                              record, recall
-    shared layers run once           29 % of W2, 32 % of W4                             record, SharedTrunk
-    rows of like length, even sizes  -                                                 mini_batches, even_size
-    mini-batches halved              about a tenth of W6, against the version before    mini_batches, halved
-    response tokens alone, chunks    - (for memory, where responses are long)           forward, score_tokens
-    log-prob, entropy in one pass    2 to 5 % of the memory of W1, W2, W5, W6           LogprobsAndEntropy
+    float32 products by oneDNN       W1 5 %, W3 15 %; m W3 5 %             tune_cpu
+    freed memory kept                W1 9 %, W3 19 %                       tune_cpu
+    fused activations                W1 7 %, W6 12 %; m 10 %, 13 %         prepare
+    lean sampling loop               W1 16 %, W4 21 %                      generate_batch, sample
+    one random number per token      W1 4 %                                draw
+    cache with room                  W4 -3 %, W7 15 %                      roomy_cache
+    finished rows dropped            W6 3 %; m -4 %                        drop_finished
+    sampler's results used again     W1 1 %, W2 11 %                       record, recall
+    shared layers run once           W2 24 %, W4 36 %                      record, SharedTrunk
+    rows of like length              W6 2 % (-3 to 6 %); m -11 %           mini_batches
+    even sizes                       W6 2 %; m 18 %                        even_size
+    mini-batches halved              W6 0 %, on Intel a tenth; m -5 %      mini_batches, halved
+    logits in chunks                 W7 5 %                                forward, score_tokens
+    log-prob, entropy in one pass    nothing; m W1 3 %, W2 4 %             LogprobsAndEntropy
 
 Differs from the plain trainer in: only the order in which float32 numbers are added, and how random numbers
 are used. tests/test_speed.py compares each override with the method that it replaces, and whole runs.
@@ -196,7 +197,7 @@ def score_tokens(model, score, input_ids, attention_mask, positions, mask, chunk
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}                     # (B, T) each
     if model.takes_position_ids:
         inputs["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    output = model.pretrained_model.base_model(**inputs, use_cache=False)
+    output = without_wrapper(model.pretrained_model).base_model(**inputs, use_cache=False)
     hidden = output.last_hidden_state                                                              # (B, T, H)
     index = mask.flatten().nonzero().squeeze(1)                                                     # (n,)
     count = len(index)
@@ -221,17 +222,23 @@ def score_tokens(model, score, input_ids, attention_mask, positions, mask, chunk
     return placed
 
 
+def without_wrapper(language_model):
+    """-> the transformers model inside peft's wrapper. Its adapters are inside its layers, and in force."""
+    return language_model.get_base_model() if hasattr(language_model, "get_base_model") else language_model
+
+
 def language_model_head(model, output, hidden):
     """What follows the base model: hidden (n, H) -> logits (n, V), values (n,), both float32.
 
     Families differ in what they do around `lm_head` (soft-caps, scales, biases). So the whole model runs, and
     its base model only returns `hidden`. output: what the base model itself has returned.
     """
-    inputs, lm_head = [], model.pretrained_model.get_output_embeddings()
+    inputs, language_model = [], without_wrapper(model.pretrained_model)
+    lm_head = language_model.get_output_embeddings()
     output = type(output)(**{**output, "last_hidden_state": hidden.unsqueeze(0)})
     with (lm_head.register_forward_pre_hook(lambda _, args: inputs.append(args[0])),
-          replaced_forward([model.pretrained_model.base_model], output)):
-        logits = model.pretrained_model().logits.squeeze(0)
+          replaced_forward([language_model.base_model], output)):
+        logits = language_model().logits.squeeze(0)
     return logits.float(), model.v_head(inputs[0]).view(-1).float()
 
 
@@ -423,7 +430,7 @@ class FastPPOTrainer(PPOTrainer):
     def prepare(self, model, ref_model, optimizer, num_shared_layers):
         """Lever: fused activations: one operation for eight. No number changes: the formula is the same."""
         for network in (model, ref_model):
-            if network is not None:
+            if hasattr(network, "pretrained_model"):        # not an AdapterReference, which calls the model
                 network.forward = types.MethodType(forward_with_score, network)     # self.forward needs it
                 if not distributed.quantized(network):
                     fuse_activations(network)

@@ -42,6 +42,7 @@ class ValueHead(nn.Module):
                  v_head_init_strategy=None):
         super().__init__()
         self.dropout = nn.Dropout(summary_dropout_prob or 0.0)
+        self.alone = False      # True: the value loss trains the head alone
         self.summary = nn.Linear(hidden_size, 1, dtype=torch.float32)
         if v_head_init_strategy not in (None, "normal", "zero"):
             raise ValueError(f"v_head_init_strategy is {v_head_init_strategy!r}; "
@@ -52,6 +53,7 @@ class ValueHead(nn.Module):
             nn.init.zeros_(self.summary.bias)
 
     def forward(self, hidden):
+        hidden = hidden.detach() if self.alone else hidden
         # Autocast would use bf16: an error of 1 % in a value is as large as a typical advantage.
         with torch.autocast(hidden.device.type, enabled=False):
             return self.summary(self.dropout(hidden.to(self.summary.weight.dtype)))
@@ -59,6 +61,8 @@ class ValueHead(nn.Module):
 
 class AutoModelForCausalLMWithValueHead(nn.Module):
     """A causal language model (`.pretrained_model`) and a ValueHead (`.v_head`)."""
+
+    is_peft_model = False       # adapters.py has the class with adapters
 
     def __init__(self, pretrained_model, **head_arguments):
         super().__init__()
@@ -247,9 +251,10 @@ def without_report_of_head():
 def find_value_head(name, **place):
     """The saved head as {"summary.weight": (1, H), "summary.bias": (1,)}, or None. name: folder or hub id."""
     place.update(_raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-    # transformers loads the first of these that exists, and so the head is in it. Older TRL wrote .bin.
-    candidates = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-                  "pytorch_model.bin.index.json")
+    # The first is written beside adapters. Of the others transformers loads the first that exists, and so the
+    # head is in it. Older TRL wrote .bin.
+    candidates = ("value_head.safetensors", "model.safetensors", "model.safetensors.index.json",
+                  "pytorch_model.bin", "pytorch_model.bin.index.json")
     paths = (cached_file(name, candidate, **place) for candidate in candidates)
     path = next(filter(None, paths), None)
     if path is None:

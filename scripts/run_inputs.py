@@ -46,8 +46,8 @@ def parse(config_class, manual, arguments):
 
 def check_settings(config):
     """ValueError for a setting of scripts/train.py that cannot work."""
-    for name in ("steps", "max_new_tokens", "eval_prompts", "collective_timeout"):
-        if getattr(config, name) < 1:
+    for name in ("steps", "max_new_tokens", "eval_prompts", "collective_timeout", "lora_r"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1")
     if config.save_every < 0 or config.keep_last < 2:
         raise ValueError(f"save_every is {config.save_every} and keep_last is {config.keep_last}; "
@@ -56,6 +56,10 @@ def check_settings(config):
         raise ValueError(
             f"reward_timeout is {config.reward_timeout} and on_bad_batch is {config.on_bad_batch!r}; "
             "use at least 0 seconds (0 = no limit) and 'stop' or 'skip'")
+    for name in ("num_shared_layers", "reference_bits"):
+        if config.lora_r is not None and getattr(config, name) is not None:
+            raise ValueError(f"lora_r is {config.lora_r} and {name} is {getattr(config, name)}, but with "
+                             "adapters the model itself is the reference; leave one of them out")
     if config.reference_bits is not None and config.num_shared_layers is not None:
         raise ValueError(
             f"reference_bits is {config.reference_bits} and num_shared_layers is {config.num_shared_layers}, "
@@ -180,6 +184,8 @@ def plan(config, accelerator, model, ref_model, logits_at_once):
     frozen = sum(distributed.whole_numel(p) for p in model.parameters() if not p.requires_grad)
     shared = reference.shared_bytes(model, ref_model)
     added = sum(p.nbytes for p in ref_model.parameters()) - shared      # an int8 weight has 1 byte
+    if model.is_peft_model:         # the frozen model is the reference, too
+        shared = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
     # ZeRO-1 divides the optimizer's state among the processes, 2 also the gradients, 3 also the weights.
     divisor = {first: processes if stage >= first else 1 for first in (1, 2, 3)}
     weights = (sum(p.nbytes for p in model.parameters()) + added) / divisor[3]

@@ -45,15 +45,16 @@ import optim
 import reference
 import rewards
 import speed
+from adapters import AutoModelForCausalLMWithValueHead, lora_settings
 from checkpoint import stop_signals
 from checks import leave_out, loading, phase, time_limit
 from ppo_core import BadNumbers, PPOConfig, PPOTrainer, knob
 from run_checkpoints import refuse_damaged, restore, save, save_final
 from run_folder import Evaluation, RunFolder
 from run_inputs import check_settings, decode_responses, load_prompts, parse, plan, prompts_of_step
-from value_head import AutoModelForCausalLMWithValueHead
 
 ADAM_LEARNING_RATE = 4e-4       # for a few million parameters; a large model needs PPOConfig's 1.41e-5
+LORA_LEARNING_RATE = 4e-3       # adapters need about ten times as much
 
 
 @dataclass
@@ -69,7 +70,8 @@ class RunConfig(PPOConfig):
         None, "responses per forward and backward pass and process; default: the largest divisor of "
               "batch_size / gradient_accumulation_steps up to 32")
     ppo_epochs: int = knob(2, "passes over each batch of responses")
-    learning_rate: Optional[float] = knob(None, f"default: {ADAM_LEARNING_RATE}, and a third of it for lion")
+    learning_rate: Optional[float] = knob(
+        None, f"default: {ADAM_LEARNING_RATE}, {LORA_LEARNING_RATE} with --lora_r; for lion a third of these")
     init_kl_coef: float = knob(0.01, "reward lost per nat of KL to the reference, at the start")
     # ---- settings of this script
     plain: bool = knob(False, "train with PPOTrainer of ppo_core.py instead of speed.FastPPOTrainer")
@@ -87,6 +89,7 @@ class RunConfig(PPOConfig):
     lr_scheduler: Literal["constant", "linear", "cosine", "exponential"] = knob("cosine", "over all `steps`")
     warmup_steps: int = knob(0, "steps over which the learning rate rises to its value")
     num_shared_layers: Optional[int] = knob(None, "first layers, frozen, shared with the reference")
+    lora_r: Optional[int] = knob(None, "rank of LoRA adapters: they alone are trained, in all linear layers")
     reference_bits: Optional[Literal[8, 4]] = knob(None, "bits of the reference's weights")
     save_every: int = knob(20, "steps between checkpoints; 0 = only the one that Ctrl-C or SIGTERM leaves")
     keep_last: int = knob(2, "checkpoints kept; at least 2, because the newest may be damaged")
@@ -96,12 +99,16 @@ class RunConfig(PPOConfig):
 
     def __post_init__(self):
         if self.learning_rate is None:
-            self.learning_rate = optim.default_learning_rate(self.optimizer, ADAM_LEARNING_RATE)
+            self.learning_rate = optim.default_learning_rate(self.optimizer, adam_rate(self))
         if self.mini_batch_size is None and self.batch_size > 0:
             per_step = max(1, self.batch_size // self.gradient_accumulation_steps)
             self.mini_batch_size = max(n for n in range(1, min(32, per_step) + 1) if per_step % n == 0)
         super().__post_init__()
         check_settings(self)
+
+
+def adam_rate(config):
+    return ADAM_LEARNING_RATE if config.lora_r is None else LORA_LEARNING_RATE
 
 
 def main(arguments=None):
@@ -122,8 +129,8 @@ def main(arguments=None):
     with phase("set-up of the models"):
         model, tokenizer, ref_model = load_models(config, accelerator)
     # --------------------------------------------------------------------------------------------- optimizer
-    parameters = optim.trainable_parameters(model)
-    optimizer = optim.make_optimizer(config.optimizer, parameters, config.learning_rate, ADAM_LEARNING_RATE)
+    parameters = optim.trainable_parameters(model, config.value_learning_rate)
+    optimizer = optim.make_optimizer(config.optimizer, parameters, config.learning_rate, adam_rate(config))
     lr_scheduler = optim.make_schedule(config.lr_scheduler, optimizer, config.steps, config.warmup_steps)
     # ------------------------------------------------------------------------------------------------ reward
     with phase("set-up of the reward"):
@@ -203,8 +210,10 @@ def load_models(config, accelerator):
     """-> the policy, its tokenizer and its reference: a frozen copy, or the same model in 8 or 4 bits."""
     transformers.utils.logging.disable_progress_bar()
     path = find(config.model_name)
+    lora = None if config.lora_r is None else lora_settings(config.lora_r)
     with loading(path):
-        model = AutoModelForCausalLMWithValueHead.from_pretrained(path, v_head_init_strategy="zero")
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(path, v_head_init_strategy="zero",
+                                                                  peft_config=lora)
     tokenizer = load_tokenizer(path)
     if config.reference_bits is None:
         with distributed.whole_weights(model):

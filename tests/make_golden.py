@@ -5,12 +5,13 @@ TRL 0.11.4 cannot live beside current transformers, so it gets a virtual environ
 
     python -m venv .peer
     .peer/bin/pip install torch==2.13.0 trl==0.11.4 transformers==4.46.3 accelerate==1.1.1 \
-        lion-pytorch==0.2.5 rich==15.0.0                                # TRL imports rich without asking for it
+        peft==0.13.2 lion-pytorch==0.2.5 rich==15.0.0                   # TRL imports rich without asking for it
     OMP_NUM_THREADS=1 .peer/bin/python tests/make_golden.py             # all cases, about a minute
     OMP_NUM_THREADS=1 .peer/bin/python tests/make_golden.py gpt2_lion   # one case, with the models already stored
 
 It writes
     tests/golden/models/{gpt2,llama,bloom}/   tiny fp32 checkpoints with a value head, saved by TRL itself
+    tests/golden/models/gpt2_lora/            new adapters for that GPT-2, which add nothing yet
     tests/golden/tokenizer/                   token "t7" has id 7; 0 is padding, 1 ends a response
     tests/golden/<case>.json                  settings, inputs, every scalar statistic of each step
     tests/golden/<case>.safetensors           per-token log-probs and values, (B, R) right-padded with 0
@@ -21,6 +22,7 @@ What no case covers, because TRL 0.11.4 itself is wrong there:
     ratio_threshold                a skipped mini-batch still moves the weights through the optimizer's momentum
     gradient_accumulation_steps    it averages means of micro-batches: ragged batches then get other weights
     whiten_rewards, ragged totals  see `equal_totals` below
+    response_masks, holes          a token masked in the middle counts as value 0, so every advantage before it is wrong
 """
 
 import copy
@@ -35,6 +37,7 @@ import lion_pytorch
 import numpy as np
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -86,7 +89,8 @@ CASES = {
     # seed without such a gradient. A weight decay of 1 is too large for training; here it makes the decay visible.
     "gpt2_lion": dict(model="gpt2", config=dict(ppo_epochs=2, mini_batch_size=8), seed=18,
                       optimizer=("Lion", dict(lr=1e-4, betas=(0.9, 0.99), weight_decay=1.0))),
-    "gpt2_response_masks": dict(model="gpt2", response_masks=True),
+    "gpt2_response_masks": dict(model="gpt2", response_masks=True, seed=31),
+    "gpt2_lora": dict(model="gpt2", lora="gpt2_lora", config=dict(learning_rate=1e-3)),
     "gpt2_shared_layers": dict(model="gpt2", num_shared_layers=2),
     # A fixed coefficient goes here: `target` and `horizon` above only matter with an adaptive one.
     "gpt2_mse": dict(model="gpt2", config=dict(kl_penalty="mse", adap_kl_ctrl=False, init_kl_coef=0.5)),
@@ -132,29 +136,55 @@ def make_step_inputs(model, case, generator):
         inputs["responses"].append(ids[q:].tolist())
         inputs["scores"].append(round(float(torch.randn((), generator=generator)), 4))
     if case.get("response_masks"):
-        inputs["response_masks"] = [mask_with_holes(row, r) for row, r in enumerate(response_lengths)]
+        inputs["response_masks"] = [mask_of_beginnings(row, r) for row, r in enumerate(response_lengths)]
     return inputs
 
 
-def mask_with_holes(row, length):
-    """0 inside every second response and 0 at the end of every third, where it is long enough for that."""
+def mask_of_beginnings(row, length):
+    """0 at the last token of every second response and at the last two of every third, where it is long enough for that."""
     mask = [1] * length
     if row % 2 == 1 and length >= 3:
-        mask[1] = 0
+        mask[-1] = 0
     if row % 3 == 0 and length >= 4:
         mask[-2:] = [0, 0]
     return mask
 
 
+def make_adapters(folder, base):
+    """Saves new LoRA adapters. The path of their base is written as seen from the project's folder."""
+    torch.manual_seed(SEED)
+    adapters = LoraConfig(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), adapters).save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = "tests/golden/models/" + base.name
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "README.md").unlink()
+
+
+def load_model(case):
+    """The model of a case; with `lora` its adapters are trained, and the head is that of the whole model."""
+    folder = GOLDEN / "models" / case["model"]
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(folder))
+    if "lora" in case:
+        if not (GOLDEN / "models" / case["lora"]).exists():
+            make_adapters(GOLDEN / "models" / case["lora"], folder)
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        head = model.v_head.state_dict()
+        model = AutoModelForCausalLMWithValueHead.from_pretrained(
+            PeftModel.from_pretrained(base, GOLDEN / "models" / case["lora"], is_trainable=True))
+        model.v_head.load_state_dict(head)
+    return model
+
+
 def build_trainer(case, seed, noise):
     """The peer's trainer on a fresh load of the model. `noise` perturbs the weights, for the repeated runs."""
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(GOLDEN / "models" / case["model"]))
+    model = load_model(case)
     if noise:
         torch.manual_seed(noise)
         for p in model.parameters():
             p.data *= 1 + NOISE * torch.randn_like(p)
     shared = case.get("num_shared_layers")
-    ref_model = create_reference_model(model) if shared is None else None
+    ref_model = create_reference_model(model) if shared is None and "lora" not in case else None
     settings = dict(seed=seed, batch_size=B, mini_batch_size=4, learning_rate=3e-4) | case.get("config", {})
     name, kwargs = case.get("optimizer", (None, None))
     optimizer = OPTIMIZERS[name](model.parameters(), **kwargs) if name else None
@@ -249,7 +279,7 @@ def main(names):
     warnings.simplefilter("ignore")                                      # TRL announces its own removal on every call
     warnings.filterwarnings("error", message="The average ratio")        # no case may skip a mini-batch, see above
     transformers.logging.set_verbosity_error()
-    packages = ("torch", "trl", "transformers", "accelerate", "lion-pytorch", "numpy")
+    packages = ("torch", "trl", "transformers", "accelerate", "peft", "lion-pytorch", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     if not names:
         make_models_and_tokenizer()
@@ -260,7 +290,7 @@ def main(names):
         record, arrays = run_case(case, seed)
         repeats = [run_case(case, seed, record["steps"], noise) for noise in range(1, REPEATS + 1)]
         rounding = spread(record, arrays, repeats)
-        setup = {key: case.get(key) for key in ("model", "optimizer", "scheduler", "num_shared_layers")}
+        setup = {key: case.get(key) for key in ("model", "lora", "optimizer", "scheduler", "num_shared_layers")}
         dump({"versions": versions, **setup, "rounding": rounding, **record}, GOLDEN / f"{name}.json")
         save_file(arrays, GOLDEN / f"{name}.safetensors")
         moved = float((arrays["final/logprobs"] - arrays["step2/ref_logprobs"]).abs().max())

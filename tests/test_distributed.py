@@ -64,6 +64,9 @@ def jobs(processes, folder, way):
              {"name": "bf16_checkpointed", "do": "train", "settings": {**PLAIN, "batch_size": size, "gradient_checkpointing": True}, **BF16}]
     todo += [{"name": f"fast_{name}", "do": "train", "optimizer": name, "settings": {**FULL, "batch_size": size, "fast": True}}
              for name in ("sgd", "adam")]
+    if way != "deepspeed_zero3" and way not in OFFLOAD:
+        todo += [{"name": name, "do": "train", "settings": {**FULL, "batch_size": size, "lora": True, "fast": name == "fast_lora"}}
+                 for name in ("lora", "fast_lora")]
     todo += [{"name": "fast_shared", "do": "train", "steps": 1, "shared": 2, "settings": {**PLAIN, "batch_size": size, "fast": True}}]
     if way in OFFLOAD:
         return todo
@@ -174,6 +177,15 @@ def without_key_biases(weights):
 @pytest.mark.parametrize("job", ["sgd", "accumulated", "empty", "early", "shared"])
 def test_two_processes_train_as_one_on_the_whole_batch(runs, way, job):
     (_, expected), = runs("one", job)
+    assert distance(runs(way, job)[0][1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("way", WAYS[:3])
+@pytest.mark.parametrize("job", ["lora", "fast_lora"])
+def test_two_processes_train_adapters_as_one(runs, way, job):
+    """With ZeRO-3 adapters are refused, see test_adapters.py."""
+    (_, expected), = runs("one", "lora")
+    assert all("lora_" in name or "v_head" in name for name in expected)
     assert distance(runs(way, job)[0][1], expected) < 1e-5
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import adapters
 from optim import Lion
 from ppo_core import PPOConfig, PPOTrainer
 from reference import create_reference_model
@@ -57,9 +59,15 @@ def load(case):
 
 def build(data, config, kind):
     """Our trainer for a case; kind: a name of TRAINERS. Without an optimizer in the file, the trainer's own default has to be TRL's: Adam."""
-    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(GOLDEN / "models" / data["model"]))
+    folder = GOLDEN / "models" / data["model"]
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(str(folder))
+    if data.get("lora"):
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        wrapped = PeftModel.from_pretrained(base, GOLDEN / "models" / data["lora"], is_trainable=True)
+        head, model = model.v_head, adapters.AutoModelForCausalLMWithValueHead.from_pretrained(wrapped)
+        model.v_head.load_state_dict(head.state_dict())
     shared = data["num_shared_layers"]
-    ref_model = create_reference_model(model) if shared is None else None
+    ref_model = create_reference_model(model) if shared is None and not data.get("lora") else None
     optimizer = scheduler = None
     if data["optimizer"]:
         name, kwargs = data["optimizer"]

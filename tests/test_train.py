@@ -101,6 +101,21 @@ def test_help_explains_every_setting():
     assert "\n    metrics.jsonl   one line per step" in out        # the manual keeps its lines
 
 
+def test_adapters_from_the_command_line(tmp_path, capsys):
+    """They alone are trained; checkpoints and final/ hold them and the head; the run resumes; and the wrong combinations are refused."""
+    folder = tmp_path / "run"
+    train.main([*SMALL, "--output_dir", str(folder), "--lora_r", "2", "--save_every", "1"])
+    printed = capsys.readouterr().out
+    assert re.search(r"parameters 0\.0\d M trained, 4\.\d\d M frozen; the reference shares 1\d\.\d MB and adds 0\.0 MB", printed), printed
+    assert {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"} <= {path.name for path in (folder / "final").iterdir()}
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["learning_rate"] == 4e-3
+    train.main(["--resume", str(folder)])
+    for name, value in (("num_shared_layers", "2"), ("reference_bits", "8")):
+        with pytest.raises(ValueError, match=f"lora_r is 2 and {name} is {value}, but with adapters the model itself is the reference"):
+            train.main([*SMALL, "--output_dir", str(tmp_path / "other"), "--lora_r", "2", f"--{name}", value])
+
+
 def test_a_reward_function_and_shared_layers_from_the_command_line(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def score(prompts, responses):\n    return [len(r) for r in responses]\n")
     train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--reward_fn", f"{tmp_path}/mine.py:score", "--num_shared_layers",

@@ -16,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from peft import PeftModel
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import adapters
 import distributed
 import optim
 import rewards
@@ -39,10 +42,10 @@ def make(settings, optimizer="sgd", shared=None, dataset=None, reference=lambda 
     if distributed.zero_stage(accelerator) == 3:                # DeepSpeed keeps what is small whole: all of this model
         accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     distributed.seed_everything(0)
-    model = tiny()
-    optimizer = optim.make_optimizer(optimizer, list(model.parameters()), RATES[optimizer])
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     settings = dict(settings)
+    model = with_adapters() if settings.pop("lora", False) else tiny()
+    optimizer = optim.make_optimizer(optimizer, optim.trainable_parameters(model), RATES[optimizer])
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     kind = speed.FastPPOTrainer if settings.pop("fast", False) else PPOTrainer
     trainer = kind(PPOConfig(**settings), model, reference(accelerator), tokenizer(), optimizer=optimizer, lr_scheduler=schedule,
                          num_shared_layers=shared, accelerator=accelerator, dataset=dataset, data_collator=list)
@@ -50,6 +53,13 @@ def make(settings, optimizer="sgd", shared=None, dataset=None, reference=lambda 
     if distributed.zero_stage(accelerator) == 3:
         spoil_padding(trainer.model)
     return trainer
+
+
+def with_adapters():
+    """The small GPT-2 with adapters that TRL made."""
+    base = AutoModelForCausalLM.from_pretrained(GOLDEN / "models" / "gpt2", dtype=torch.float32)
+    wrapped = PeftModel.from_pretrained(base, GOLDEN / "models" / "gpt2_lora", is_trainable=True)
+    return adapters.AutoModelForCausalLMWithValueHead(wrapped, v_head_init_strategy="zero")
 
 
 def spoil_padding(model):
