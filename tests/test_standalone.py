@@ -16,9 +16,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = ("value_head", "reference", "rewards", "optim", "distributed")
 CORE = (*LEAVES, "ppo_core")
-POWERS = ("checkpoint", "speed")            # they stand on the core, and not on each other
+POWERS = ("checkpoint", "speed", "adapters")        # they stand on the core, and not on each other
+ABOVE = ("trl_names",)                      # stands on the core and on the powers
 ALONE = (*LEAVES, "checks")                 # these import no sibling at all; checks is a power that the core calls
-MODULES = (*LEAVES, "checks", "ppo_core", *POWERS)
+MODULES = (*LEAVES, "checks", "ppo_core", *POWERS, *ABOVE)
 SIBLINGS = {path.stem for folder in (ROOT, ROOT / "scripts") for path in folder.glob("*.py")} | set(MODULES)
 STANDARD = set(sys.stdlib_module_names)
 # numpy and safetensors are dependencies of transformers and accelerate: whoever has these has numpy and safetensors.
@@ -75,7 +76,8 @@ def broken_rules(module, source):
     """-> one sentence for each import in `source`, the text of `module`, that design forbids."""
     complaints, bound = [], set()
     mark = halves(source) if module == "ppo_core" else 0
-    siblings = {"ppo_core": {*LEAVES, "checks"}, **dict.fromkeys(POWERS, set(CORE))}.get(module, set())
+    siblings = {"ppo_core": {*LEAVES, "checks"}, **dict.fromkeys(POWERS, set(CORE)),
+                **dict.fromkeys(ABOVE, {*CORE, *POWERS})}.get(module, set())
     for name, node, at_margin in imports_of(ast.parse(source)):
         where = f"line {node.lineno} imports {name}"
         upper = node.lineno < mark
@@ -123,12 +125,13 @@ def test_a_script_imports_siblings_at_the_left_margin(script):
 def test_only_train_names_the_powers_that_can_be_taken_away():
     """So that whoever deletes speed.py or checkpoint.py has one file to change; bench measures them and may name them.
 
-    scripts/run_checkpoints.py is deleted together with checkpoint.py."""
+    scripts/run_checkpoints.py is deleted together with checkpoint.py, and trl_names.py together with speed.py or adapters.py."""
     users = {power: sorted(path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "scripts")
                            for path in folder.glob("*.py") if power in {name for name, _, _ in imports_of(
                                ast.parse(path.read_text(encoding="utf-8")))} and not path.stem.startswith("bench"))
              for power in POWERS}
-    assert users == {**dict.fromkeys(POWERS, ["scripts/train.py"]), "checkpoint": ["scripts/run_checkpoints.py", "scripts/train.py"]}
+    assert users == {**dict.fromkeys(POWERS, ["scripts/train.py", "trl_names.py"]),
+                     "checkpoint": ["scripts/run_checkpoints.py", "scripts/train.py"]}
 
 
 def test_ppo_core_does_import_its_neighbours_below_the_line():

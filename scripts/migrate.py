@@ -1,0 +1,198 @@
+"""Reads a script that was written for TRL's classic PPOTrainer, and says line by line what has to be changed.
+
+    python scripts/migrate.py path/to/script.py
+
+It prints one line for each import, argument, method and setting that matters: `ok`, `change` with what to
+write instead, or `missing`. The exit status is 0 if the script will run with the import lines of
+docs/migrating.md, 1 if something else has to be changed, 2 if the file cannot be read. Nothing of it is
+executed: it is read with `ast`, so what is put together only while it runs is not seen.
+Tested by tests/test_migrate.py.
+"""
+import ast
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import trl_names
+from ppo_core import HARMLESS, NEUTRAL
+
+MISSING = {"TextEnvironment": "run the tool yourself and give step() response_masks",
+           "TextHistory": "keep the tokens in lists",
+           "AutoModelForSeq2SeqLMWithValueHead": "use a causal model",
+           "build_bert_batch_from_txt": "use the tokenizer", "PPODecorators": "set optimize_device_cache",
+           "PreTrainedModelWrapper": "use AutoModelForCausalLMWithValueHead",
+           **dict.fromkeys(("DPOTrainer", "SFTTrainer", "RewardTrainer"), "keep TRL for it")}
+CONFIG_CHANGES = {"push_to_hub_if_best_kwargs": "leave it out; upload what save_pretrained wrote",
+                  "is_encoder_decoder": "leave it out; only causal models can be trained"}
+GENERATE_ARGUMENTS = {"length_sampler", "batch_size", "return_prompt", "generate_ref_response",
+                      "remove_padding", "generation_config", "allow_other_distribution"}
+TRAINER_CHANGES = {"training_data_collator": "leave it out; ppo_core.collate pads",
+                   "push_to_hub": "upload what save_pretrained wrote"}
+# What transformers 5 and new peft took away, whatever PPO library is used.
+OTHER_CHANGES = {"return_all_scores": "use top_k=None, and read the scores by label",
+                 "encode_plus": "call the tokenizer itself", "batch_encode_plus": "call the tokenizer itself",
+                 "prepare_model_for_int8_training": "use peft.prepare_model_for_kbit_training",
+                 "load_tool": "write the tool as a function", "BloomTokenizerFast": "use AutoTokenizer"}
+
+
+class Report(ast.NodeVisitor):
+    """Collects (line, "ok" | "change" | "missing", text) while it walks over a script."""
+
+    def __init__(self, tree):
+        self.lines, self.kinds, self.dicts = [], {}, {}     # kinds: {variable: class that made it}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                name, value = node.targets[0].id, node.value
+                if isinstance(value, ast.Call):
+                    self.kinds[name] = name_of(value.func)
+                self.dicts[name] = entries_of(value)
+        self.visit(tree)
+
+    def say(self, node, status, text):
+        if (node.lineno, status, text) not in self.lines:
+            self.lines.append((node.lineno, status, text))
+
+    def visit_Import(self, node):
+        for alias in node.names:
+            if alias.name.split(".")[0] == "trl":
+                self.say(node, "change", f"import {alias.name}: import the names themselves, from trl_names")
+
+    def visit_ImportFrom(self, node):
+        if (node.module or "").split(".")[0] == "trl":
+            for alias in node.names:
+                if not hasattr(trl_names, alias.name):
+                    remedy = MISSING.get(alias.name, "write it yourself")
+                    self.say(node, "missing", f"{alias.name} is not there; {remedy}")
+                else:
+                    self.say(node, "ok", f"from trl_names import {alias.name}")
+        for alias in node.names:
+            self.check_other(node, alias.name)
+
+    def visit_ClassDef(self, node):
+        if any(name_of(base) == "PPOTrainer" for base in node.bases):
+            self.kinds[node.name] = "PPOTrainer"
+            for item in node.body:
+                if getattr(item, "name", None) in trl_names.TRL_METHODS:
+                    self.say(item, "change", f"{item.name}: nothing calls it; override "
+                                             f"{trl_names.TRL_METHODS[item.name]}")
+        self.generic_visit(node)
+
+    def visit_Call(self, node):
+        called, owner = name_of(node.func), owner_of(node.func)
+        arguments = self.arguments_of(node)
+        if called == "PPOConfig":
+            self.check_config(node, arguments)
+        elif called == "PPOTrainer":
+            self.check_each(node, arguments, TRAINER_CHANGES)
+        elif called == "generate" and self.is_trainer(owner):
+            self.check_generate(node, arguments)
+        elif self.is_trainer(owner) and called in {**TRAINER_CHANGES, **trl_names.TRL_METHODS}:
+            remedy = TRAINER_CHANGES.get(called, "it is not there; call step()")
+            self.say(node, "change", f"{owner}.{called}(): {remedy}")
+        elif called == "from_pretrained" and owner == "AutoModelForSeq2SeqLMWithValueHead":
+            self.say(node, "missing", f"{owner}: {MISSING[owner]}")
+        if called == "pipeline" and "load_in_8bit" in arguments:
+            self.say(node, "change", "pipeline(load_in_8bit=...): load the model yourself, with "
+                                     "quantization_config=")
+        for name in (called, *arguments):
+            self.check_other(node, name)
+        self.generic_visit(node)
+
+    def is_trainer(self, variable):
+        """Whether a variable holds a PPOTrainer, or a subclass of it that the script defines."""
+        made_by = self.kinds.get(variable)
+        return "PPOTrainer" in (made_by, self.kinds.get(made_by)) or variable in ("ppo_trainer", "self")
+
+    def arguments_of(self, call):
+        """-> {keyword: its value if it is a literal}, with those of `**name` where name is a dict literal."""
+        found = {}
+        for keyword in call.keywords:
+            if keyword.arg is not None:
+                found[keyword.arg] = literal(keyword.value)
+            else:
+                found.update(entries_of(keyword.value) or self.dicts.get(name_of(keyword.value)) or {})
+        return found
+
+    def check_each(self, node, arguments, changes):
+        for name in arguments:
+            if name in changes:
+                self.say(node, "change", f"{name}: {changes[name]}")
+
+    def check_config(self, node, arguments):
+        fields = {field.name for field in dataclasses.fields(trl_names.PPOConfig)}
+        for name in arguments:
+            if name not in fields:
+                self.say(node, "change", f"PPOConfig has no field {name}; leave it out")
+        self.check_each(node, arguments, CONFIG_CHANGES)
+        self.say(node, "ok", f"PPOConfig with {len(arguments)} settings")
+
+    def check_generate(self, node, arguments):
+        for name, value in arguments.items():
+            if name in ("top_k", "top_p", "temperature") and value not in (None, *NEUTRAL.get(name, (1.0,))):
+                self.say(node, "change", f"generate({name}={value}): move it to PPOConfig({name}={value}), "
+                                         "so that this distribution is also the one that is trained")
+            elif name == "attention_mask":
+                self.say(node, "change", "generate(attention_mask=...): leave it out; the lengths tell it")
+            elif name in NEUTRAL and name not in ("top_k", "top_p") and value not in (None, *NEUTRAL[name]):
+                self.say(node, "change", f"generate({name}={value}): it changes the distribution that is "
+                                         "sampled; leave it out")
+            elif name not in {*NEUTRAL, *HARMLESS, *GENERATE_ARGUMENTS, "temperature"}:
+                self.say(node, "change", f"generate({name}=...): leave it out, or evaluate with "
+                                         "allow_other_distribution=True")
+        if "do_sample" not in arguments:
+            self.say(node, "ok", "generate() without do_sample: it samples here, and was greedy in TRL")
+
+    def check_other(self, node, name):
+        if name in OTHER_CHANGES:
+            self.say(node, "change", f"{name}: {OTHER_CHANGES[name]} (transformers 5 and peft, not PPO)")
+
+
+def name_of(node):
+    """a.b.c -> "c"; None for what has no name."""
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+
+
+def owner_of(node):
+    """a.b.c -> "b"; None for a plain name."""
+    return name_of(node.value) if isinstance(node, ast.Attribute) else None
+
+
+def literal(node):
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def entries_of(node):
+    """A dict display or a call of dict() -> {key: its value if it is a literal}; anything else -> None."""
+    if isinstance(node, ast.Dict):
+        return {literal(key): literal(value) for key, value in zip(node.keys, node.values) if key is not None}
+    if isinstance(node, ast.Call) and name_of(node.func) == "dict":
+        return {keyword.arg: literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
+    return None
+
+
+def main(arguments):
+    """-> the exit status."""
+    if len(arguments) != 1:
+        print("usage: python scripts/migrate.py path/to/script.py", file=sys.stderr)
+        return 2
+    try:
+        tree = ast.parse(Path(arguments[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError) as error:
+        print(f"error: {arguments[0]} cannot be read as Python: {error}", file=sys.stderr)
+        return 2
+    lines = sorted(Report(tree).lines)
+    for number, status, text in lines:
+        print(f"line {number:4d}  {status:7s}  {text}")
+    to_do = sum(status != "ok" for _, status, _ in lines)
+    print(f"{to_do} things to change beside the import lines" if to_do else
+          "with the import lines of docs/migrating.md it will run")
+    return 1 if to_do else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,92 @@
+"""Programs in the style of scripts for TRL run with other import lines alone, and scripts/migrate.py says what does not."""
+import io
+import math
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+import migrate
+
+ROOT = Path(__file__).resolve().parent.parent
+CLIENTS = sorted((ROOT / "tests" / "clients").glob("*.py"))
+MODELS = ROOT / "tests" / "golden" / "models"
+
+
+def with_other_imports(source):
+    """Only the lines that import from trl are changed, as docs/migrating.md says."""
+    return re.sub(r"^from trl(\.core)? import", "from trl_names import", source, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", CLIENTS, ids=lambda path: path.stem)
+def test_a_program_for_trl_runs_with_other_import_lines(path, tmp_path, monkeypatch):
+    source = path.read_text(encoding="utf-8")
+    assert "from trl import" in source
+    script = tmp_path / path.name
+    script.write_text(with_other_imports(source), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [path.name, str(MODELS / "gpt2"), str(ROOT / "tests" / "golden" / "tokenizer"), str(tmp_path / "out"),
+                                      str(ROOT / "assets")])
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        runpy.run_path(str(script), run_name="__main__")
+    numbers = re.search(r"^RESULT (\S+) (\S+)$", printed.getvalue(), re.MULTILINE)
+    assert numbers and all(math.isfinite(float(number)) for number in numbers.groups()), printed.getvalue()
+
+
+@pytest.mark.parametrize("path", CLIENTS, ids=lambda path: path.stem)
+def test_migrate_says_that_these_programs_will_run(path, capsys):
+    assert migrate.main([str(path)]) == 0, capsys.readouterr().out
+    assert "with the import lines of docs/migrating.md it will run" in capsys.readouterr().out
+
+
+OLD = {     # a line of an old script, and what has to be said about it
+    "from trl import TextEnvironment": "missing  TextEnvironment is not there; run the tool yourself",
+    "AutoModelForSeq2SeqLMWithValueHead.from_pretrained(name)": "missing  AutoModelForSeq2SeqLMWithValueHead: use a causal model",
+    "from trl.core import no_such_name": "missing  no_such_name is not there; write it yourself",
+    "import trl": "change   import trl: import the names themselves, from trl_names",
+    "config = PPOConfig(push_to_hub_if_best_kwargs={'repo_id': 'x'})": "change   push_to_hub_if_best_kwargs: leave it out",
+    "config = PPOConfig(no_such_field=1)": "change   PPOConfig has no field no_such_field",
+    "trainer = PPOTrainer(config, training_data_collator=f)": "change   training_data_collator: leave it out",
+    "ppo_trainer.generate(q, top_k=50)": r"change   generate(top_k=50): move it to PPOConfig(top_k=50)",
+    "ppo_trainer.generate(q, temperature=0.7)": "change   generate(temperature=0.7): move it to PPOConfig(temperature=0.7)",
+    "ppo_trainer.generate(q, repetition_penalty=1.1)": "change   generate(repetition_penalty=1.1): it changes the distribution",
+    "ppo_trainer.generate(q, attention_mask=m)": "change   generate(attention_mask=...): leave it out",
+    "kwargs = {'top_p': 0.9, 'do_sample': True}\nppo_trainer.generate(q, **kwargs)": "change   generate(top_p=0.9): move it",
+    "class Mine(PPOTrainer):\n    def compute_rewards(self):\n        pass": "change   compute_rewards: nothing calls it; override step",
+    "t = PPOTrainer(c)\nt.batched_forward_pass(m)": "change   t.batched_forward_pass(): it is not there",
+    "t = PPOTrainer(c)\nt.push_to_hub('x')": "change   t.push_to_hub(): upload what save_pretrained wrote",
+    "p = pipeline('x', return_all_scores=True)": "change   return_all_scores: use top_k=None",
+    "p = pipeline('x', load_in_8bit=True)": "change   pipeline(load_in_8bit=...)",
+    "from peft import prepare_model_for_int8_training": "change   prepare_model_for_int8_training: use peft.prepare_model_for_kbit",
+    "ids = tokenizer.encode_plus(text)": "change   encode_plus: call the tokenizer itself",
+    "from transformers import BloomTokenizerFast": "change   BloomTokenizerFast: use AutoTokenizer",
+    "from transformers import load_tool": "change   load_tool: write the tool as a function",
+}
+
+
+@pytest.mark.parametrize("line", OLD)
+def test_what_needs_a_change_is_named_with_its_line(line, tmp_path, capsys):
+    script = tmp_path / "old.py"
+    script.write_text("import torch\n" + line + "\n", encoding="utf-8")
+    assert migrate.main([str(script)]) == 1
+    printed = capsys.readouterr().out
+    assert OLD[line] in printed and re.search(r"^line +[234] ", printed, re.MULTILINE), printed
+
+
+def test_nothing_is_executed_and_a_bad_file_is_one_sentence(tmp_path, capsys):
+    script = tmp_path / "harmful.py"
+    script.write_text(f"open({str(tmp_path / 'written')!r}, 'w')\n", encoding="utf-8")
+    assert migrate.main([str(script)]) == 0 and not (tmp_path / "written").exists()
+    script.write_text("def (:\n", encoding="utf-8")
+    assert migrate.main([str(script)]) == 2 and migrate.main([str(tmp_path / "no such file")]) == 2 and migrate.main([]) == 2
+    assert capsys.readouterr().err.count("cannot be read as Python") == 2
+
+
+def test_the_command_of_the_page(tmp_path):
+    done = subprocess.run([sys.executable, "scripts/migrate.py", str(CLIENTS[0])], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "ok       from trl_names import PPOConfig" in done.stdout
