@@ -116,8 +116,7 @@ WAYS = {"1 process": None, "DDP": "multi_cpu", "ZeRO-1": "deepspeed_zero1", "ZeR
 def launcher(config):
     """-> the command that starts a script on 2 processes. config: a file of accelerate_configs, by name."""
     return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
-            str(ROOT / "scripts" / "accelerate_configs" / f"{config}.yaml"), "--num_processes", "2",
-            "--main_process_port", "0"]
+            str(ROOT / "scripts" / "accelerate_configs" / f"{config}.yaml"), "--num_processes", "2"]
 
 
 def stages(arguments):

@@ -92,7 +92,7 @@ def refused(tmp_path_factory):
             known[way] = [worker.bad_numbers(numbers(1))[0]]
         elif way not in known:
             job = {"name": "bad", "do": "bad_numbers", "settings": numbers(2)}
-            code, output = execute([*launcher(way, "--main_process_port", "0"), HERE / "worker.py", folder / way, json.dumps([job])], seconds=240)
+            code, output = execute([*launcher(way), HERE / "worker.py", folder / way, json.dumps([job])], seconds=240)
             assert code == 0, output[-3000:]
             known[way] = [json.loads((folder / f"{way}-bad-{rank}.json").read_text()) for rank in (0, 1)]
         return known[way]
@@ -242,7 +242,7 @@ def score(prompts, responses):
 def test_a_reward_that_hangs_ends_the_run_and_a_bad_batch_before_it_does_not(processes, small, tmp_path):
     """On the last rank; the batch of step 1, NaN there, is left out by all, and of step 2 all stop."""
     (tmp_path / "mine.py").write_text(HANGS.format(rank=str(processes - 1)))
-    command = [sys.executable] if processes == 1 else launcher("multi_cpu", "--main_process_port", "0")
+    command = [sys.executable] if processes == 1 else launcher("multi_cpu")
     started = time.perf_counter()
     code, output = execute([*command, ROOT / "scripts" / "train.py", *flags(small, tmp_path / "run", "--reward_timeout", "2", "--on_bad_batch",
                                                                           "skip", reward=tmp_path / "mine.py")], seconds=200)

@@ -137,7 +137,7 @@ class Runs:
         if way == "deepspeed_zero2_offload":
             config = self.folder / f"{way}.yaml"
             config.write_text((CONFIGS / "deepspeed_zero2.yaml").read_text() + "  offload_optimizer_device: cpu\n")
-        command = [sys.executable] if processes == 1 else launcher(way, "--main_process_port", "0", config=config)
+        command = [sys.executable] if processes == 1 else launcher(way, config=config)
         code, output = execute([*command, HERE / "worker.py", self.folder / way, todo], seconds=240)
         assert code == 0, output[-3000:]
 
@@ -447,7 +447,7 @@ def faulty_reward(folder, fault):
 
 def fails(way, folder, fault):
     """Three steps of scripts/train.py by two processes, of which one fails. -> (what both printed, seconds from the fault to the end)"""
-    code, output = execute([*launcher(way, "--main_process_port", "0"), ROOT / "scripts" / "train.py", "--steps", "3", "--batch_size", "4",
+    code, output = execute([*launcher(way), ROOT / "scripts" / "train.py", "--steps", "3", "--batch_size", "4",
                             "--max_new_tokens", "4", "--eval_prompts", "4", "--save_every", "1", "--output_dir", folder / "run",
                             "--reward_fn", faulty_reward(folder, fault)], seconds=150)
     assert code != 0, output[-3000:]
@@ -457,7 +457,7 @@ def fails(way, folder, fault):
 def goes_on(folder, way=None):
     """The reward is mended and the run resumed: by one process, or as it was started, which ZeRO needs."""
     faulty_reward(folder, "def at_each_call(): pass\n")
-    command = [sys.executable] if way is None else launcher(way, "--main_process_port", "0")
+    command = [sys.executable] if way is None else launcher(way)
     code, output = execute([*command, ROOT / "scripts" / "train.py", "--resume", folder / "run"], seconds=150)
     assert code == 0 and (folder / "run" / "summary.json").is_file(), output[-3000:]
     return output
@@ -518,10 +518,22 @@ def test_two_launchers_make_one_run_of_two_machines(runs, tmp_path):
 
 
 @long
+def test_a_run_starts_while_another_holds_the_usual_port(tmp_path):
+    """29500 is the launcher's own default."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if other.connect_ex(("127.0.0.1", 29500)) != 0:     # otherwise something else holds it already
+            other.bind(("", 29500))
+            other.listen()
+        job = json.dumps([{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": 4}}])
+        code, output = execute([*launcher("multi_cpu"), HERE / "worker.py", tmp_path / "busy", job], seconds=100)
+    assert code == 0, output[-3000:]
+
+
 @pytest.mark.parametrize("way, processes", [("single_gpu", 1), ("multi_gpu", 2)])
 def test_the_files_for_gpus_start_the_same_run_where_there_is_none(runs, way, processes, tmp_path):
     job = json.dumps([{"name": "sgd", "do": "train", "settings": {**FULL, "batch_size": 8 // processes}}])
-    command = launcher(way, "--num_processes", str(processes), "--main_process_port", "0")
+    command = launcher(way, "--num_processes", str(processes))
     code, output = execute([*command, HERE / "worker.py", tmp_path / way, job], seconds=100)
     assert code == 0, output[-3000:]
     assert len(list(tmp_path.glob("*.json"))) == processes

@@ -321,7 +321,7 @@ def test_a_second_ctrl_c_stops_at_once(forge, flags, tmp_path, ranks):
 
 def launched(way, script, *arguments, **environment):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "scripts" / "accelerate_configs" / f"{way}.yaml",
-               "--num_processes", 2, "--main_process_port", 0, ROOT / script, *arguments]
+               "--num_processes", 2, ROOT / script, *arguments]
     return subprocess.Popen([str(part) for part in command], env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -346,7 +346,7 @@ def launch(way, *arguments, processes=2):
     """-> command line, as the Makefile has it."""
     return [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file",
             str(ROOT / "scripts" / "accelerate_configs" / f"{way}.yaml"), "--num_processes", str(processes),
-            "--main_process_port", "0", str(ROOT / "scripts" / "train.py"), *arguments]
+            str(ROOT / "scripts" / "train.py"), *arguments]
 
 
 @pytest.fixture(scope="module")
