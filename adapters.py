@@ -18,7 +18,9 @@ import json
 import os
 import re
 import warnings
+from contextlib import contextmanager
 
+import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import cached_file
@@ -41,8 +43,8 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, peft_config=None, is_trainable=True,
                         **kwargs):
-        """As in value_head, and: peft_config: of peft, such as LoraConfig(r=8): freeze the model and train
-        new adapters. A folder of adapters brings its own, which is_trainable=False freezes.
+        """As in value_head, and: peft_config: peft's settings, such as LoraConfig(r=8): the model is frozen,
+        and new adapters are trained. Of a folder of adapters those are used; is_trainable=False freezes them.
 
         A model in 8 or 4 bits can be trained like this. ValueError: adapters do not fit the model.
         """
@@ -52,18 +54,31 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
         name = os.fspath(pretrained_model_name_or_path)
         place = {key: kwargs[key] for key in value_head.PLACE_ARGUMENTS if key in kwargs}
         base = base_model(name, **place)
+        if base is not None:        # these two say where the adapters are, not their base
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         whole = super().from_pretrained(base or name, *args, **kwargs)
         if base is None and peft_config is None:
             return whole
-        model = cls(add_adapters(whole.pretrained_model, name if base else None, peft_config, is_trainable))
+        model = cls(add_adapters(whole.pretrained_model, base and name, peft_config, is_trainable, **place))
         model.v_head = whole.v_head
         head = value_head.find_value_head(name, **place) if base else None
         if head is not None:
-            model.v_head.load_state_dict(head)
+            value_head.load_value_head(model.v_head, head, name)
         return model
 
+    @contextmanager
+    def without_adapters(self):
+        """Inside the `with` block the adapters are switched off."""
+        flags = {parameter: parameter.requires_grad for parameter in self.parameters()}
+        try:
+            with self.pretrained_model.disable_adapter():
+                yield
+        finally:
+            for parameter, flag in flags.items():       # peft turns it on for frozen adapters, too
+                parameter.requires_grad_(flag)
+
     def state_dict(self, *args, destination=None, prefix="", keep_vars=False):
-        """With adapters: those, named as in peft, all else that is trained, and `v_head.*`."""
+        """With adapters: their tensors, named as in peft, all else that is trained, and `v_head.*`."""
         state = super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if self.is_peft_model:
             names = {f"{prefix}{name}" for name in trained_names(self.pretrained_model)}
@@ -74,14 +89,14 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """The inverse of `state_dict`. With strict=True, a missing tensor is a RuntimeError."""
         if self.is_peft_model:
-            missing = trained_names(self.pretrained_model) - set(state_dict)
+            missing = set(self.state_dict()) - set(state_dict)
             if strict and missing:
-                raise RuntimeError(f"{len(missing)} tensors of adapters are missing, {min(missing)} first")
-            strict = False          # the frozen model's are not in it
+                raise RuntimeError(f"{len(missing)} trained tensors are missing, {min(missing)} first")
+            strict = False          # the tensors of the frozen model are not in state_dict
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def save_pretrained(self, folder, **kwargs):
-        """With adapters: what peft writes, and value_head.safetensors."""
+        """With adapters: what peft writes, and value_head.safetensors; of kwargs only state_dict is used."""
         if not self.is_peft_model:
             return super().save_pretrained(folder, **kwargs)
         state = kwargs.get("state_dict") or self.state_dict()
@@ -98,14 +113,16 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
         copy.deepcopy(self.pretrained_model).merge_and_unload().save_pretrained(folder, **kwargs)
 
     def adapters_add_nothing(self):
-        """True if all trained tensors are LoRA's factors and one of each pair is 0, as in new adapters."""
-        trained = {n: p for n, p in self.pretrained_model.named_parameters() if p.requires_grad}
+        """True if all tensors of the adapters, and all trained ones, are LoRA's factors of which one of each
+        pair is 0, as in new adapters."""
+        tensors = dict(self.pretrained_model.named_parameters())
 
         def is_zero(name):
-            return name in trained and not trained[name].any()
+            return name in tensors and not tensors[name].any()
 
         factor = "lora_(embedding_)?[AB]"
-        pairs = [(re.sub(factor, r"lora_\1A", n), re.sub(factor, r"lora_\1B", n)) for n in trained]
+        pairs = [(re.sub(factor, r"lora_\1A", name), re.sub(factor, r"lora_\1B", name))
+                 for name in trained_names(self.pretrained_model)]
         return all(first != second and (is_zero(first) or is_zero(second)) for first, second in pairs)
 
 
@@ -129,8 +146,8 @@ def base_model(name, **place):
     return base
 
 
-def add_adapters(model, name=None, peft_config=None, is_trainable=True):
-    """-> `model` in peft's wrapper, frozen, with the adapters saved in `name`, or with new ones.
+def add_adapters(model, name=None, peft_config=None, is_trainable=True, **place):
+    """-> `model` in peft's wrapper, frozen, with the adapters saved in `name` (see base_model), or new ones.
 
     If neither is given: `model` as it is. ValueError: adapters do not fit the model, or peft is too old.
     """
@@ -147,8 +164,12 @@ def add_adapters(model, name=None, peft_config=None, is_trainable=True):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return (peft.get_peft_model(model, peft_config) if name is None else
-                    peft.PeftModel.from_pretrained(model, name, is_trainable=is_trainable))
+            mode = model.training       # a new wrapper is in train mode
+            wrapped = (peft.get_peft_model(model, peft_config) if name is None else
+                       peft.PeftModel.from_pretrained(model, name, is_trainable=is_trainable, **place))
+            return wrapped.train(mode)
+    except torch.OutOfMemoryError:      # a RuntimeError that says nothing about the adapters
+        raise
     except (RuntimeError, ValueError, UserWarning) as error:    # other sizes, other layers, missing tensors
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapters of {name or 'peft_config'} do not fit the model "
@@ -178,7 +199,6 @@ def trained_names(model):
 
 
 if __name__ == "__main__":
-    import torch
     from peft import LoraConfig
     from transformers import GPT2Config, GPT2LMHeadModel
     torch.manual_seed(0)

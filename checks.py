@@ -138,7 +138,10 @@ def check_batch(trainer, queries, responses, scores, response_masks):
 
 
 def check_token_scores(config, scores, responses, masks, error):
-    """Scores that are not B numbers have to be B tensors (R_i,), a score for each token."""
+    """Called where some score is not one number: then each has to be a tensor (R_i,), a score for each token.
+
+    error: of the conversion to float.
+    """
     if config.use_score_scaling or config.score_clip is not None:
         raise ValueError("not every score is 1 number, but use_score_scaling and score_clip are made for 1 "
                          "per response; give numbers, or turn both off") from error
@@ -148,7 +151,7 @@ def check_token_scores(config, scores, responses, masks, error):
             raise ValueError(f"score {i} of {len(scores)} is {found} and its response has {len(response)} "
                              "tokens; give one number for each response, or one for each token of all of them"
                              ) from error
-        if masks is not None and bool((score * (masks[i] == 0)).any()):
+        if masks is not None and bool(score[(masks[i] == 0).to(score.device)].any()):
             raise ValueError(f"score {i} is not 0 at a token whose response_mask is 0; the policy did not "
                              "choose that token, so set its score to 0") from error
 

@@ -319,7 +319,7 @@ def unwrapped_for_generation(accelerator, model, gather=True, batches=1):
     Otherwise each forward pass exchanges them layer by layer, and in_step is True: all must go on until the
     last process has its EOS. batches: how many this process generates, the same number on all.
     """
-    # An AdapterReference gives the policy; for other models it is None.
+    # policy: of an AdapterReference; otherwise None.
     with getattr(model, "in_force", nullcontext)() as policy:
         bare = policy or getattr(model, "module", model)
         sharded = any(hasattr(p, "ds_id") for p in bare.parameters())

@@ -174,7 +174,7 @@ def gae(rewards, values, mask, gamma, lam, lam_value=None):
 
     rewards, values, mask: (B, R) -> advantages (B, R), returns (B, R) = advantages + values, both before
     whitening and 0 outside the mask. The value after the last token is 0. Tokens that are masked in the
-    middle are passed over, as if they were not there. lam_value: for the returns (arXiv 2503.01491).
+    middle are passed over, as if not there. lam_value: lambda of the returns alone (arXiv 2503.01491).
     """
     if lam_value is not None:
         return gae(rewards, values, mask, gamma, lam)[0], gae(rewards, values, mask, gamma, lam_value)[1]
@@ -683,7 +683,8 @@ class PPOTrainer:
         """
         if self.config.log_with is None:
             return
-        rewards = distributed.gather_lists(self.accelerator, [float(r) for r in rewards])
+        sums = [float(torch.as_tensor(reward).sum()) for reward in rewards]
+        rewards = distributed.gather_lists(self.accelerator, sums)
         stats = {**stats, "env/reward_mean": np.mean(rewards), "env/reward_std": np.std(rewards),
                  "env/reward_dist": np.array(rewards)}
         arrays = {name: value.detach().float().cpu().numpy() if torch.is_tensor(value) else np.asarray(value)

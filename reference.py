@@ -2,8 +2,8 @@
 
 Why: a policy that only maximises a reward model soon writes text that only the reward model likes. The
 penalty needs the log-probs of the original model, which must not change by one bit. A second model costs as
-much memory as the first. There are three ways to make one: a copy; a copy that shares its first layers with
-the policy, stored once and frozen; and, where only adapters are trained, the policy without its adapters.
+much memory as the first. There are three ways: a copy; a copy that shares its first layers with the policy,
+stored once and frozen; and, where only adapters are trained, the policy without its adapters.
 Source: Ziegler et al. 2019 (arXiv 1909.08593), equation 2. Names are those of TRL 0.11.4.
 Differs from TRL 0.11.4 in: shared layers are the same tensors in both models (TRL kept a second copy of
 them); only the embeddings and the first layers are shared (TRL froze OPT's final norm too, because it is
@@ -56,8 +56,8 @@ def create_reference_model(model, num_shared_layers=None, pattern=None):
 class AdapterReference(nn.Module):
     """The reference of a policy with adapters (adapters.py): that policy itself, without a second model.
 
-    New adapters add nothing, so they are switched off. Adapters that were trained before are replaced by a
-    frozen copy of what they were: without them it would be another policy.
+    New adapters add nothing, so they are switched off. Adapters that were trained before belong to the
+    starting policy: a frozen copy of them takes their place while the reference computes.
     """
 
     def __init__(self, model):
@@ -66,6 +66,7 @@ class AdapterReference(nn.Module):
         self.trained = [p for p in model.pretrained_model.parameters() if p.requires_grad]
         if not model.adapters_add_nothing():
             self.start = nn.ParameterList(p.detach().clone() for p in self.trained).requires_grad_(False)
+        if self.start:
             logger.warning("the adapters were trained before: a frozen copy of them (%.1f MB) is the "
                            "reference, not the model without them", sum(p.nbytes for p in self.start) / 1e6)
 
@@ -73,7 +74,7 @@ class AdapterReference(nn.Module):
     def in_force(self):
         """Context -> the policy's module, which computes as the reference inside the `with` block."""
         if self.start is None:
-            with self.policy[0].pretrained_model.disable_adapter():
+            with self.policy[0].without_adapters():
                 yield self.policy[0]
             return
         now = [parameter.data for parameter in self.trained]

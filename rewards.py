@@ -216,7 +216,7 @@ def full_kl(logits, ref_logits):
 def token_rewards(scores, kl, mask, kl_coef, token_scores=()):
     """-> rewards, non_score_reward, both (B, R): -kl_coef * kl with and without the score of the response.
     scores (B,), kl (B, R), mask (B, R). The score is added at the last token; an empty response gets none.
-    token_scores: B tensors (R_i,) of which each number is added at its own token; or none, or (1,) each.
+    token_scores: B tensors (R_i,), each number added at its own token; or none, or (1,) each.
     """
     non_score_reward = -kl_coef * kl
     if any(len(row) > 1 for row in token_scores):

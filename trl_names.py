@@ -4,7 +4,7 @@
 
 Why: such scripts set fields of PPOConfig that say nothing about PPO, read attributes, call helpers of
 trl.core, and sample with top_k. The core has none of that. Here each name does what it did, or is refused in
-one sentence that says what to write instead. docs/migrating.md lists them all.
+one sentence that says what to write instead. docs/migrating.md lists the settings, and what is refused.
 Source: the public interface of TRL 0.11.4 (Apache-2.0); nucleus sampling: Holtzman et al. (arXiv 1904.09751).
 Differs from TRL 0.11.4 in: top_k and top_p are settings of PPOConfig, and the truncated distribution that is
 sampled is also the one that is trained. The rest is in docs/differences.md.
@@ -69,6 +69,10 @@ class AutoModelForCausalLMWithValueHead(adapters.AutoModelForCausalLMWithValueHe
         try:
             return super().from_pretrained(*args, **kwargs)
         except (TypeError, RuntimeError) as error:      # the model's class gets every keyword that is left
+            # Out of memory is a RuntimeError too. A device that is not there is the only one about keywords.
+            if isinstance(error, RuntimeError) and (
+                    "device_map" not in kwargs or isinstance(error, torch.OutOfMemoryError)):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"from_pretrained has a keyword too many, or a wrong one: {reason}; leave it out"
                              ) from error
@@ -111,7 +115,7 @@ class PPOConfig(ppo_core.PPOConfig):
     compare_steps: int = knob(1, "any number; it was used with push_to_hub_if_best_kwargs alone")
     # ---- these do what they did
     remove_unused_columns: bool = knob(True, "of a `datasets` dataset, those that the model cannot take")
-    forward_batch_size: Optional[int] = knob(None, "older name of mini_batch_size")
+    forward_batch_size: Optional[int] = knob(None, "older name of mini_batch_size, which it replaces")
     tracker_kwargs: Optional[dict] = knob(None, "for the tracker, such as {'wandb': {'name': 'run 1'}}")
     accelerator_kwargs: Optional[dict] = knob(None, "for accelerate's Accelerator")
     project_kwargs: Optional[dict] = knob(None, "for accelerate's ProjectConfiguration")
@@ -163,11 +167,10 @@ def kept_tokens(logits, labels=None, top_k=0, top_p=1.0):
 
     A label is always among them: it was sampled, and another pass may round its logit a little differently.
     """
-    probabilities, order = logits.softmax(-1).sort(-1, descending=True)                            # (b, R, V)
-    kept = torch.ones_like(order, dtype=torch.bool)
-    if top_k > 0:
-        kept[..., top_k:] = False
-        probabilities = (probabilities * kept) / (probabilities * kept).sum(-1, keepdim=True)
+    ordered, order = logits.sort(-1, descending=True)                                              # (b, R, V)
+    last = min(top_k or ordered.shape[-1], ordered.shape[-1]) - 1
+    kept = ordered >= ordered[..., last:last + 1]       # as in transformers, ties with the last one too
+    probabilities = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
     # until the likelier tokens have the probability top_p together
     kept &= probabilities.cumsum(-1) - probabilities < top_p
     kept = torch.zeros_like(kept).scatter(-1, order, kept)
@@ -176,7 +179,7 @@ def kept_tokens(logits, labels=None, top_k=0, top_p=1.0):
 
 # --------------------------------------------------------------------------------------------- the trainer
 
-# Methods of TRL's PPOTrainer that a subclass may define, and what to override here.
+# Method of TRL's PPOTrainer that a subclass may define: the method to override here instead.
 TRL_METHODS = {"batched_forward_pass": "record", "prepare_model_inputs": "record", "loss": "minibatch_loss",
                "compute_rewards": "step, or give step() a score per token", "compute_advantages": "step",
                "train_minibatch": "optimizer_step", "prepare_dataloader": "make_dataloader",
@@ -189,17 +192,20 @@ class PPOTrainer(FastPPOTrainer):
     def __init__(self, config=None, model=None, ref_model=None, tokenizer=None, dataset=None, optimizer=None,
                  data_collator=None, num_shared_layers=None, lr_scheduler=None, training_data_collator=None,
                  accelerator=None):
+        if not isinstance(config, PPOConfig):
+            raise ValueError(f"config is a {type(config).__module__}.{type(config).__name__}; give a "
+                             "trl_names.PPOConfig")
         if training_data_collator is not None:
             raise ValueError(f"training_data_collator is a {type(training_data_collator).__name__}, but 0 "
                              "are used: ppo_core.collate pads the batch; leave it out")
-        for name in (name for name in TRL_METHODS if hasattr(self, name)):
+        name = next((name for name in TRL_METHODS if hasattr(self, name)), None)
+        if name is not None:
             raise ValueError(f"{type(self).__name__} defines {name}, which nothing would call; override "
                              f"{TRL_METHODS[name]}")
-        if accelerator is None and isinstance(config, PPOConfig):
+        if accelerator is None:
             project = ProjectConfiguration(**{"project_dir": "runs", **config.project_kwargs})
             accelerator = distributed.start(
                 **{"log_with": config.log_with, "project_config": project, **config.accelerator_kwargs})
-        self.own_random = None          # see drawing
         super().__init__(config, model, ref_model, tokenizer, dataset, optimizer, data_collator,
                          num_shared_layers, lr_scheduler, accelerator)
         processes = config.world_size = self.accelerator.num_processes
@@ -207,6 +213,9 @@ class PPOTrainer(FastPPOTrainer):
         config.global_backward_batch_size = config.backward_batch_size * processes
         config.is_encoder_decoder, config.is_peft_model = False, model.is_peft_model
         self.current_device, self.is_distributed = self.accelerator.device, processes > 1
+        self.own_random = None
+        with self.own_draws():          # seeds them
+            pass
 
     def init_trackers(self):
         super().init_trackers(**self.config.tracker_kwargs)
@@ -218,7 +227,7 @@ class PPOTrainer(FastPPOTrainer):
             dataset = dataset.remove_columns([name for name in dataset.column_names if name not in used])
         loader = super().make_dataloader(dataset, data_collator)
         if self.config.seed is not None:
-            # For several processes accelerate puts a sampler of its own around that of the DataLoader.
+            # With several processes accelerate wraps the batch sampler of the DataLoader.
             batches = getattr(loader.batch_sampler, "batch_sampler", loader.batch_sampler)
             batches.sampler.generator = torch.Generator().manual_seed(self.config.seed)
         return loader
@@ -226,14 +235,14 @@ class PPOTrainer(FastPPOTrainer):
     def generate(self, query_tensor, length_sampler=None, batch_size=4, return_prompt=True,
                  generate_ref_response=False, allow_other_distribution=False, remove_padding=True,
                  generation_config=None, **generation_kwargs):
-        """As in ppo_core, and: generation_config: of transformers; its entries count as given here.
+        """As in ppo_core, and: generation_config: of transformers; its entries are taken as keywords.
 
         The responses of a list of queries end at the tokenizer's EOS too, whatever eos_token_id is.
         remove_padding=False: they are padded to one length.
         """
         if generation_config is not None:
-            entries = generation_config.to_diff_dict()
-            entries.pop("transformers_version", None)
+            entries = generation_config.to_diff_dict().items()
+            entries = {k: v for k, v in entries if k != "transformers_version" and not k.startswith("_")}
             generation_kwargs = {**entries, **generation_kwargs}
         if "attention_mask" in generation_kwargs:
             raise ValueError("generate(..., attention_mask=...) is made from the lengths of the queries, "
@@ -275,7 +284,7 @@ class PPOTrainer(FastPPOTrainer):
         with self.own_draws():
             return super().step(queries, responses, scores, response_masks)
 
-    # top_k and top_p take the way of the plain trainer: whole logits of whole mini-batches.
+    # With top_k or top_p these three do what the plain trainer does: whole logits of whole mini-batches.
 
     def forward(self, model, rows, keep_logits=False):
         if not self.config.truncates:
@@ -330,9 +339,7 @@ class PPOTrainer(FastPPOTrainer):
 
     def state_dict(self):
         state = super().state_dict()
-        if self.own_random is not None:
-            state["random"] = self.own_random
-        return state
+        return state if self.config.seed is None else {**state, "random": dict(self.own_random)}
 
     def load_state_dict(self, state):
         if self.config.seed is not None:

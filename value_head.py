@@ -62,7 +62,7 @@ class ValueHead(nn.Module):
 class AutoModelForCausalLMWithValueHead(nn.Module):
     """A causal language model (`.pretrained_model`) and a ValueHead (`.v_head`)."""
 
-    is_peft_model = False       # adapters.py has the class with adapters
+    is_peft_model = False       # see adapters.py
 
     def __init__(self, pretrained_model, **head_arguments):
         super().__init__()
@@ -110,11 +110,7 @@ class AutoModelForCausalLMWithValueHead(nn.Module):
             level = logging.WARNING if was_saved_with_head else logging.INFO
             logger.log(level, "no value head in %s: a new one was made", name)
             return model
-        expected = {key: tuple(tensor.shape) for key, tensor in model.v_head.state_dict().items()}
-        found = {key: tuple(tensor.shape) for key, tensor in head.items()}
-        if found != expected:
-            raise ValueError(f"the value head of {name!r} is {found}, not {expected}; get its files again")
-        model.v_head.load_state_dict(head)
+        load_value_head(model.v_head, head, name)
         return model
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, position_ids=None,
@@ -275,6 +271,14 @@ def find_value_head(name, **place):
                 tensors = {k: weights.get_tensor(k) for k in weights.keys() if k.startswith("v_head.")}
         head.update({k.removeprefix("v_head."): v for k, v in tensors.items() if k.startswith("v_head.")})
     return head or None
+
+
+def load_value_head(v_head, head, name):
+    expected = {key: tuple(tensor.shape) for key, tensor in v_head.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in head.items()}
+    if found != expected:
+        raise ValueError(f"the value head of {name!r} is {found}, not {expected}; get its files again")
+    v_head.load_state_dict(head)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python scripts/migrate.py path/to/script.py
 
 It prints one line for each import, argument, method and setting that matters: `ok`, `change` with what to
-write instead, or `missing`. The exit status is 0 if the script will run with the import lines of
-docs/migrating.md, 1 if something else has to be changed, 2 if the file cannot be read. Nothing of it is
+write instead, or `missing`. The exit status is 0 if it found nothing to change but the import lines (see
+docs/migrating.md), 1 if something else has to be changed, 2 if the file cannot be read. Nothing of it is
 executed: it is read with `ast`, so what is put together only while it runs is not seen.
 Tested by tests/test_migrate.py.
 """
@@ -37,18 +37,38 @@ OTHER_CHANGES = {"return_all_scores": "use top_k=None, and read the scores by la
                  "load_tool": "write the tool as a function", "BloomTokenizerFast": "use AutoTokenizer"}
 
 
+UNKNOWN = object()      # a value that is no literal
+
+
 class Report(ast.NodeVisitor):
     """Collects (line, "ok" | "change" | "missing", text) while it walks over a script."""
 
     def __init__(self, tree):
-        self.lines, self.kinds, self.dicts = [], {}, {}     # kinds: {variable: class that made it}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                name, value = node.targets[0].id, node.value
+        # kinds: {variable, attribute or subclass: the name of TRL's that made it}; config: of PPOConfig(...)
+        self.lines, self.kinds, self.dicts, self.config = [], {}, {}, {}
+        self.aliases, self.inside = {}, []          # inside: the classes around the current node
+        nodes = list(ast.walk(tree))
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and is_trl(node.module):
+                self.aliases.update({alias.asname: alias.name for alias in node.names if alias.asname})
+        for node in nodes:
+            if isinstance(node, ast.ClassDef) and "PPOTrainer" in map(self.called, node.bases):
+                self.kinds[node.name] = "PPOTrainer"
+        for node in nodes:
+            if isinstance(node, ast.Assign) and name_of(node.targets[0]):
+                name, value = name_of(node.targets[0]), node.value
                 if isinstance(value, ast.Call):
-                    self.kinds[name] = name_of(value.func)
+                    called = self.called(value.func)
+                    self.kinds[name] = self.kinds.get(called, called)
                 self.dicts[name] = entries_of(value)
+        for node in nodes:
+            if isinstance(node, ast.Call) and self.called(node.func) == "PPOConfig":
+                self.config.update(self.arguments_of(node)[0])
         self.visit(tree)
+
+    def called(self, node):
+        """-> the name of a function or class, without its alias."""
+        return self.aliases.get(name_of(node), name_of(node))
 
     def say(self, node, status, text):
         if (node.lineno, status, text) not in self.lines:
@@ -56,68 +76,74 @@ class Report(ast.NodeVisitor):
 
     def visit_Import(self, node):
         for alias in node.names:
-            if alias.name.split(".")[0] == "trl":
+            if is_trl(alias.name):
                 self.say(node, "change", f"import {alias.name}: import the names themselves, from trl_names")
 
     def visit_ImportFrom(self, node):
-        if (node.module or "").split(".")[0] == "trl":
-            for alias in node.names:
-                if not hasattr(trl_names, alias.name):
-                    remedy = MISSING.get(alias.name, "write it yourself")
-                    self.say(node, "missing", f"{alias.name} is not there; {remedy}")
-                else:
-                    self.say(node, "ok", f"from trl_names import {alias.name}")
         for alias in node.names:
+            if is_trl(node.module) and not hasattr(trl_names, alias.name):
+                remedy = MISSING.get(alias.name, "write it yourself")
+                self.say(node, "missing", f"{alias.name} is not there; {remedy}")
+            elif is_trl(node.module):
+                self.say(node, "ok", f"from trl_names import {alias.name}")
             self.check_other(node, alias.name)
 
     def visit_ClassDef(self, node):
-        if any(name_of(base) == "PPOTrainer" for base in node.bases):
-            self.kinds[node.name] = "PPOTrainer"
+        if node.name in self.kinds:
             for item in node.body:
                 if getattr(item, "name", None) in trl_names.TRL_METHODS:
                     self.say(item, "change", f"{item.name}: nothing calls it; override "
                                              f"{trl_names.TRL_METHODS[item.name]}")
+        self.inside.append(node.name)
         self.generic_visit(node)
+        self.inside.pop()
 
     def visit_Call(self, node):
-        called, owner = name_of(node.func), owner_of(node.func)
-        arguments = self.arguments_of(node)
+        called, owner = self.called(node.func), owner_of(node.func)
+        arguments, complete = self.arguments_of(node)
         if called == "PPOConfig":
             self.check_config(node, arguments)
-        elif called == "PPOTrainer":
+        elif "PPOTrainer" in (called, self.kinds.get(called)) and owner is None:
             self.check_each(node, arguments, TRAINER_CHANGES)
-        elif called == "generate" and self.is_trainer(owner):
-            self.check_generate(node, arguments)
-        elif self.is_trainer(owner) and called in {**TRAINER_CHANGES, **trl_names.TRL_METHODS}:
+        elif called == "generate" and self.is_trainer(node.func):
+            self.check_generate(node, arguments, complete)
+        elif called in {**TRAINER_CHANGES, **trl_names.TRL_METHODS} and self.is_trainer(node.func):
             remedy = TRAINER_CHANGES.get(called, "it is not there; call step()")
             self.say(node, "change", f"{owner}.{called}(): {remedy}")
         elif called == "from_pretrained" and owner == "AutoModelForSeq2SeqLMWithValueHead":
             self.say(node, "missing", f"{owner}: {MISSING[owner]}")
-        if called == "pipeline" and "load_in_8bit" in arguments:
+        more = arguments.get("model_kwargs")
+        names = {*arguments, *(more if isinstance(more, dict) else ())}
+        if called == "pipeline" and "load_in_8bit" in names:
             self.say(node, "change", "pipeline(load_in_8bit=...): load the model yourself, with "
                                      "quantization_config=")
         for name in (called, *arguments):
             self.check_other(node, name)
         self.generic_visit(node)
 
-    def is_trainer(self, variable):
-        """Whether a variable holds a PPOTrainer, or a subclass of it that the script defines."""
-        made_by = self.kinds.get(variable)
-        return "PPOTrainer" in (made_by, self.kinds.get(made_by)) or variable in ("ppo_trainer", "self")
+    def is_trainer(self, method):
+        """Whether `method`, of a call a.b.method(), belongs to a PPOTrainer or to a subclass of it."""
+        owner = owner_of(method)
+        if owner in ("self", "super"):
+            return bool(self.inside) and self.inside[-1] in self.kinds
+        return owner == "ppo_trainer" or self.kinds.get(owner) == "PPOTrainer"
 
     def arguments_of(self, call):
-        """-> {keyword: its value if it is a literal}, with those of `**name` where name is a dict literal."""
-        found = {}
+        """-> {keyword: its value, or UNKNOWN}, and whether these are all: of `**name` only a dict literal is
+        known."""
+        found, complete = {}, True
         for keyword in call.keywords:
             if keyword.arg is not None:
                 found[keyword.arg] = literal(keyword.value)
-            else:
-                found.update(entries_of(keyword.value) or self.dicts.get(name_of(keyword.value)) or {})
-        return found
+                continue
+            entries = entries_of(keyword.value) or self.dicts.get(name_of(keyword.value))
+            complete = complete and entries is not None
+            found.update(entries or {})
+        return found, complete
 
     def check_each(self, node, arguments, changes):
-        for name in arguments:
-            if name in changes:
+        for name, value in arguments.items():
+            if name in changes and (value is UNKNOWN or value):
                 self.say(node, "change", f"{name}: {changes[name]}")
 
     def check_config(self, node, arguments):
@@ -128,25 +154,34 @@ class Report(ast.NodeVisitor):
         self.check_each(node, arguments, CONFIG_CHANGES)
         self.say(node, "ok", f"PPOConfig with {len(arguments)} settings")
 
-    def check_generate(self, node, arguments):
+    def check_generate(self, node, arguments, complete):
         for name, value in arguments.items():
-            if name in ("top_k", "top_p", "temperature") and value not in (None, *NEUTRAL.get(name, (1.0,))):
-                self.say(node, "change", f"generate({name}={value}): move it to PPOConfig({name}={value}), "
-                                         "so that this distribution is also the one that is trained")
+            shown = "..." if value is UNKNOWN else value
+            if name in ("top_k", "top_p", "temperature"):
+                expected = self.config.get(name, {"top_k": 0}.get(name, 1.0))
+                if value not in (None, expected):
+                    self.say(node, "change", f"generate({name}={shown}): move it to PPOConfig({name}="
+                                             f"{shown}), so that this distribution is also trained")
             elif name == "attention_mask":
                 self.say(node, "change", "generate(attention_mask=...): leave it out; the lengths tell it")
-            elif name in NEUTRAL and name not in ("top_k", "top_p") and value not in (None, *NEUTRAL[name]):
-                self.say(node, "change", f"generate({name}={value}): it changes the distribution that is "
+            elif name in NEUTRAL and value not in (None, *NEUTRAL[name]):
+                self.say(node, "change", f"generate({name}={shown}): it changes the distribution that is "
                                          "sampled; leave it out")
-            elif name not in {*NEUTRAL, *HARMLESS, *GENERATE_ARGUMENTS, "temperature"}:
+            elif name not in {*NEUTRAL, *HARMLESS, *GENERATE_ARGUMENTS}:
                 self.say(node, "change", f"generate({name}=...): leave it out, or evaluate with "
                                          "allow_other_distribution=True")
-        if "do_sample" not in arguments:
+        if not complete:
+            self.say(node, "ok", "generate(**...): some of these arguments are not known before it runs")
+        elif "do_sample" not in arguments:
             self.say(node, "ok", "generate() without do_sample: it samples here, and was greedy in TRL")
 
     def check_other(self, node, name):
         if name in OTHER_CHANGES:
             self.say(node, "change", f"{name}: {OTHER_CHANGES[name]} (transformers 5 and peft, not PPO)")
+
+
+def is_trl(module):
+    return (module or "").split(".")[0] == "trl"
 
 
 def name_of(node):
@@ -155,21 +190,23 @@ def name_of(node):
 
 
 def owner_of(node):
-    """a.b.c -> "b"; None for a plain name."""
-    return name_of(node.value) if isinstance(node, ast.Attribute) else None
+    """a.b.c -> "b"; a().c -> "a"; None for a plain name."""
+    owner = node.value if isinstance(node, ast.Attribute) else None
+    return name_of(owner.func if isinstance(owner, ast.Call) else owner)
 
 
 def literal(node):
     try:
         return ast.literal_eval(node)
-    except ValueError:
-        return None
+    except (ValueError, TypeError):     # TypeError: such as a set of lists
+        return UNKNOWN
 
 
 def entries_of(node):
-    """A dict display or a call of dict() -> {key: its value if it is a literal}; anything else -> None."""
+    """A dict display or a call of dict() -> {name: its value, or UNKNOWN}; anything else -> None."""
     if isinstance(node, ast.Dict):
-        return {literal(key): literal(value) for key, value in zip(node.keys, node.values) if key is not None}
+        return {key.value: literal(value) for key, value in zip(node.keys, node.values)
+                if isinstance(key, ast.Constant)}
     if isinstance(node, ast.Call) and name_of(node.func) == "dict":
         return {keyword.arg: literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
     return None
@@ -189,8 +226,8 @@ def main(arguments):
     for number, status, text in lines:
         print(f"line {number:4d}  {status:7s}  {text}")
     to_do = sum(status != "ok" for _, status, _ in lines)
-    print(f"{to_do} things to change beside the import lines" if to_do else
-          "with the import lines of docs/migrating.md it will run")
+    print(f"{to_do} things to change" if to_do else
+          "found nothing to change but the import lines, see docs/migrating.md")
     return 1 if to_do else 0
 
 

@@ -5,9 +5,11 @@ import json
 import logging
 
 import numpy as np
+import peft
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import checkpoint
@@ -298,6 +300,79 @@ def test_what_does_not_go_with_adapters_is_one_sentence():
             lambda: PPOTrainer(config(), model, None, tokenizer(), num_shared_layers=1))
     eight = AutoModelForCausalLMWithValueHead.from_pretrained(folder("llama"), load_in_8bit=True)
     refused("0 of its quantized weights can be trained; .* or give it adapters with peft_config=", lambda: PPOTrainer(config(), eight, None, tokenizer()))
+
+
+def frozen_flags(model):
+    return {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+
+
+@both
+def test_frozen_adapters_are_a_part_of_the_reference_and_stay_frozen(trainer_class, tmp_path):
+    """Only the head is trained, so policy and reference are the same model, with its adapters."""
+    saved, _ = trained_adapters(tmp_path)
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(saved, is_trainable=False)
+    flags, trainer = frozen_flags(model), make(model, trainer_class)
+    assert flags == {name: "v_head" in name for name in flags}
+    for _ in range(2):
+        stats = trainer.step(*ragged())
+        assert (stats["objective/logprobs"] - stats["objective/ref_logprobs"]).abs().max() < 1e-5
+    assert frozen_flags(model) == flags
+    base = make(AutoModelForCausalLMWithValueHead.from_pretrained(folder()), trainer_class).step(*ragged())
+    assert (base["objective/logprobs"] - stats["objective/ref_logprobs"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_a_factor_that_the_user_froze_stays_frozen(trained_before, tmp_path):
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(trained_adapters(tmp_path)[0]) if trained_before else with_lora()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    flags = frozen_flags(model)
+    expected = make(copy.deepcopy(model), lr=0.0).step(*ragged())["objective/logprobs"]
+    found = ref_logprobs(make(model))
+    assert frozen_flags(model) == flags and all((row - expected).abs().max() < 1e-6 for row in found)
+
+
+def test_trained_adapters_that_are_frozen_beside_new_ones_stay_in_the_reference(tmp_path):
+    """One layer's adapters were trained and are frozen now, the others are new: switching all off would be wrong."""
+    model = AutoModelForCausalLMWithValueHead.from_pretrained(trained_adapters(tmp_path)[0])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and ".h.0." in name:
+            parameter.requires_grad_(False)
+        elif "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    expected = make(copy.deepcopy(model), lr=0.0).step(*ragged())["objective/logprobs"]
+    assert all((row - expected).abs().max() < 1e-6 for row in ref_logprobs(make(model)))
+
+
+def test_adapters_in_a_subfolder_are_found_and_their_base_is_not_looked_for_there(tmp_path):
+    saved, trainer = trained_adapters(tmp_path)
+    saved.rename(tmp_path / "checkpoint-100")
+    again = AutoModelForCausalLMWithValueHead.from_pretrained(tmp_path, subfolder="checkpoint-100")
+    assert distance(weights(trainer), again.state_dict()) == 0
+
+
+def test_new_adapters_leave_the_model_in_the_mode_in_which_it_was():
+    assert not with_lora().training and not any(module.training for module in with_lora().modules())
+
+
+def test_a_head_that_is_missing_or_of_another_size_is_refused(tmp_path):
+    model = with_lora()
+    state = {name: tensor for name, tensor in model.state_dict().items() if "v_head" not in name}
+    with pytest.raises(RuntimeError, match="2 trained tensors are missing, v_head.summary.bias first"):
+        model.load_state_dict(state)
+    saved, _ = trained_adapters(tmp_path)
+    save_file({"v_head.summary.weight": torch.zeros(1, 3), "v_head.summary.bias": torch.zeros(1)}, saved / "value_head.safetensors")
+    refused("the value head of .*adapters' is .*, not ", lambda: AutoModelForCausalLMWithValueHead.from_pretrained(saved))
+
+
+def test_out_of_memory_is_not_called_a_wrong_adapter(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(peft, "get_peft_model", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        with_lora()
 
 
 def test_zero_3_is_refused(monkeypatch):

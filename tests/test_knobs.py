@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optim import trainable_parameters
-from ppo_core import PPOTrainer, gae
+from ppo_core import BadNumbers, PPOTrainer, gae
 from speed import FastPPOTrainer
 from test_ppo_core import config, distance, make, ragged, seeded, tiny, tokenizer, weights      # noqa: F401 (seeded: a fixture)
 
@@ -105,6 +105,24 @@ def test_wrong_scores_per_token_are_one_sentence():
             (per_token, (), {"score_clip": 1.0}, "use_score_scaling and score_clip are made for 1 per response")):
         with pytest.raises(ValueError, match=sentence):
             make(**settings).step(queries, responses, given, *more)
+
+
+def test_a_score_that_is_not_finite_at_a_chosen_token_is_named_as_one():
+    queries, responses, _ = ragged()
+    scores, masks = [torch.zeros(len(r)) for r in responses], [torch.ones_like(r) for r in responses]
+    masks[1][2], scores[1][3] = 0, float("nan")
+    with pytest.raises(BadNumbers, match="the scores of sample 1 of 4 .* are nan"):
+        make().step(queries, responses, scores, masks)
+
+
+def test_scores_per_token_are_logged_as_their_sum(monkeypatch):
+    queries, responses, _ = ragged()
+    scores, trainer, logged = [torch.ones(len(r)) for r in responses], make(), {}
+    stats = trainer.step(queries, responses, scores)
+    trainer.config.log_with = "tensorboard"
+    monkeypatch.setattr(trainer.accelerator, "log", lambda values, step: logged.update(values))
+    trainer.log_stats(stats, {"query": ["a"] * 4, "response": ["b"] * 4}, scores)
+    assert logged["env/reward_mean"] == np.mean([len(r) for r in responses])
 
 
 @pytest.mark.parametrize("name, value", [("lam_value", 1.5), ("critic_warmup_steps", -1), ("value_learning_rate", -0.1)])

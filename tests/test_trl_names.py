@@ -171,6 +171,13 @@ def test_the_kept_tokens_are_those_of_transformers(settings):
     assert torch.equal(kept_tokens(logits, **settings)[:, 0], expected > -math.inf)
 
 
+def test_ties_are_kept_as_transformers_keeps_them():
+    from transformers import TopKLogitsWarper
+    logits = torch.tensor([[[2.0, 1.0, 1.0, 1.0, 0.0]]])
+    for top_k in (1, 2, 3, 5, 9):
+        assert torch.equal(kept_tokens(logits, top_k=top_k)[:, 0], TopKLogitsWarper(min(top_k, 5))(None, logits[:, 0]) > -math.inf), top_k
+
+
 @both
 @truncated
 def test_recomputed_logprobs_are_those_of_the_sampler(trainer_class, settings):
@@ -290,6 +297,9 @@ def test_remove_padding_and_generation_config():
     padded = trainer.generate(queries, batch_size=60, return_prompt=False, remove_padding=False,
                               generation_config=GenerationConfig(max_new_tokens=12, do_sample=True, top_k=0))
     assert {len(response) for response in padded} == {12} and any(trainer.tokenizer.pad_token_id in response for response in padded)
+    own = trainer.model.pretrained_model.generation_config
+    own._from_model_config = True
+    assert trainer.generate(queries[:2], generation_config=own, max_new_tokens=3)
     with pytest.raises(ValueError, match="num_beams=4"):
         trainer.generate(queries, generation_config=GenerationConfig(num_beams=4))
 
@@ -340,10 +350,12 @@ def test_a_seed_in_the_config_repeats_the_run_and_leaves_the_users_generators_al
     assert results[0] == results[1] != results[2] and results[0][1] != results[2][1]
 
 
-def test_a_seeded_trainer_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_seeded_trainer_resumes_bit_for_bit(steps, tmp_path):
     import checkpoint
     one, twin = make(seed=3, mini_batch_size=2), make(seed=3, mini_batch_size=2)
-    run(one)
+    run(one, steps)
+    trl_names.set_seed(99)          # the user's generators have no part in it
     checkpoint.save(one, tmp_path / "state")
     expected = run(one)
     checkpoint.load(twin, tmp_path / "state")
@@ -360,6 +372,21 @@ def test_a_subclass_whose_method_nothing_would_call_is_refused(name):
         make(subclass)
     suggested = str(caught.value).rsplit("override ", 1)[1].split(",")[0]
     assert hasattr(PPOTrainer, suggested)
+
+
+def test_the_config_of_the_core_is_refused_at_once():
+    with pytest.raises(ValueError, match="config is a ppo_core.PPOConfig; give a trl_names.PPOConfig"):
+        PPOTrainer(ppo_core.PPOConfig(batch_size=4), model(), None, tokenizer())
+
+
+def test_out_of_memory_is_not_called_a_wrong_keyword(monkeypatch):
+    def full(*arguments, **keywords):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trl_names.adapters.value_head.AutoModelForCausalLM, "from_pretrained", full)
+    for keywords in ({}, {"device_map": "cpu"}):
+        with pytest.raises(torch.OutOfMemoryError):
+            AutoModelForCausalLMWithValueHead.from_pretrained(GOLDEN / "models" / "gpt2", **keywords)
 
 
 def test_an_unknown_keyword_is_named_and_the_third_argument_is_refused():
