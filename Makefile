@@ -15,7 +15,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume features sharing stages \
+.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume watch features sharing stages \
 	bench levers profile test test-long assets clean
 
 help:  ## list the targets
@@ -51,6 +51,9 @@ train-multi-node: $(STAMP)  ## NUM_MACHINES= MACHINE_RANK= MAIN_ADDRESS=, on eac
 
 resume: $(STAMP)  ## RUN=runs/<name>: go on with a run that was killed
 	$(BIN)/python scripts/train.py --resume $(RUN) $(ARGS)
+
+watch: $(STAMP)  ## RUN=runs/<name>: write its report.html again every few seconds, for a browser that stays open
+	$(BIN)/python scripts/report.py $(RUN) --watch
 
 features: $(STAMP)  ## measure every feature on the default run; 6 minutes on 2 cores
 	$(BIN)/python scripts/bench.py features $(ARGS)

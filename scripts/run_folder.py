@@ -25,6 +25,7 @@ import accelerate
 import safetensors.torch
 import torch
 import transformers
+from tqdm import tqdm
 
 import distributed
 from run_inputs import digest
@@ -38,13 +39,15 @@ class Evaluation:
     prompts: list
     responses: list
     scores: list
+    tokens: list = ()       # for each response, what report.token_numbers gives; or nothing
 
     @classmethod
     def read(cls, path):
         """-> the Evaluation in the file `path`, or None if that file is damaged."""
         try:
             found = cls(**json.loads(path.read_text(encoding="utf-8")))
-            sizes = {len(found.prompts), len(found.responses), len(found.scores)}
+            sizes = {len(found.prompts), len(found.responses), len(found.scores),
+                     len(found.tokens or found.prompts)}
             texts = all(isinstance(text, str) for text in found.prompts + found.responses)
             whole = len(sizes) == 1 and 0 not in sizes and texts and math.isfinite(found.score)
             return found if whole else None
@@ -76,6 +79,7 @@ class RunFolder:
         self.config, self.accelerator, self.main = config, accelerator, accelerator.is_main_process
         self.trainer = None                             # set by main(), for checks.leave_out
         self.started, self.seconds, self.timed_steps = time.perf_counter(), 0.0, 0
+        self.progress = None                            # set by the first step
         self.resumed = config.resume is not None
         # All processes use the same folder, and stop together if there is none.
         folder, problem = self.on_main(self.make)
@@ -121,7 +125,8 @@ class RunFolder:
 
     def say(self, text):
         if self.main:
-            print(text, flush=True)
+            tqdm.write(text)        # above the progress line, if there is one
+            sys.stdout.flush()
 
     @contextmanager
     def writes(self, path, needed):
@@ -164,13 +169,25 @@ class RunFolder:
                    if not torch.is_tensor(value) or "_dist" in name}
         self.write_line(step, numbers)
         self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + 1
-        left = int(self.seconds / self.timed_steps * (self.config.steps - step))
         tokens_per_second = sum(stats["tokens/responses_dist"].tolist()) / seconds
         kl = round(stats["objective/kl"], 2) + 0.0              # + 0.0 turns -0.0 into 0
-        self.say(f"step {step:4d}/{self.config.steps}  score {stats['ppo/mean_raw_scores']:6.3f}  KL "
-                 f"{kl:6.2f}  KL coef {stats['objective/kl_coef']:.4f}  length "
-                 f"{stats['tokens/responses_len_mean']:5.1f}  {tokens_per_second:5.0f} tokens/s  "
-                 f"{left // 60:3d}:{left % 60:02d} left")
+        text = (f"score {stats['ppo/mean_raw_scores']:6.3f}  KL {kl:6.2f}  KL coef "
+                f"{stats['objective/kl_coef']:.4f}  length {stats['tokens/responses_len_mean']:5.1f}  "
+                f"{tokens_per_second:5.0f} tokens/s")
+        if self.main:
+            self.show_progress(step, text)
+
+    def show_progress(self, step, text):
+        """In a terminal, rewrite one line in place; in a file, add one."""
+        if self.progress is None:
+            self.progress = tqdm(total=self.config.steps, initial=step - 1, disable=None, file=sys.stdout,
+                                 bar_format="step {n_fmt}/{total_fmt}  {desc}  {remaining} left")
+        if self.progress.disable:
+            left = int(self.seconds / self.timed_steps * (self.config.steps - step))
+            self.say(f"step {step:4d}/{self.config.steps}  {text}  {left // 60:3d}:{left % 60:02d} left")
+        else:
+            self.progress.set_description_str(text, refresh=False)
+            self.progress.update()
 
     def write_line(self, step, numbers):
         """Add one line to metrics.jsonl."""
@@ -218,18 +235,25 @@ class RunFolder:
         self.say(f"step {step:4d}/{self.config.steps}  left out: {error} ({where})")
         self.write_line(step, {"ppo/bad_batch": 1.0})
 
-    def finish(self, before, after, state_bytes):
-        """Write the report after the last step. state_bytes: of the optimizer."""
-        peak = distributed.largest_peak_memory(self.accelerator)
-        with self.writes(self.folder / "curves.png", 150_000):      # the largest file of the report
-            if self.main:
-                self.write_report(before, after, state_bytes, peak)
+    def finish(self, before, after, state_bytes, write_report):
+        """Write the results after the last step.
 
-    def write_report(self, before, after, state_bytes, peak):
-        """curves.png, samples.md and summary.json. state_bytes: of the optimizer; peak: bytes of memory."""
+        state_bytes: of the optimizer. write_report: function(folder) -> a sentence: where the report is.
+        """
+        if self.progress is not None:
+            self.progress.close()
+        peak = distributed.largest_peak_memory(self.accelerator)
+        with self.writes(self.folder / "curves.png", 150_000):      # the largest file of them
+            if self.main:
+                self.write_results(before, after, state_bytes, peak)
+        self.say(self.on_main(write_report, self.folder))       # all else is written, so it can cost nothing
+
+    def write_results(self, before, after, state_bytes, peak):
+        """after.json, curves.png, samples.md, summary.json. peak: bytes of memory."""
         lines = [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
         # A batch that was left out has no statistics.
         rows = [line for line in lines if not line.get("ppo/bad_batch")]
+        replace_file(self.folder / "after.json", json.dumps(dataclasses.asdict(after)))
         draw_curves(rows, self.folder / "curves.png")
         write_samples(before, after, self.folder / "samples.md")
         sides = {f"{name} {side}": getattr(evaluation, name)

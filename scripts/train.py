@@ -14,9 +14,9 @@ You should see a plan; then one line per step, with a score that rises and a KL 
 mean score on held-out prompts, before and after. The run leaves in runs/<name>/:
     config.json     every setting, and the versions of the libraries
     metrics.jsonl   one line per step: every statistic but those per token; docs/metrics.md explains them
-    before.json     the untrained policy's answers to the held-out prompts, for a run that is resumed
-    curves.png      score, KL, entropy, losses
-    samples.md      the same 16 held-out prompts answered before and after, with scores
+    before.json     the untrained policy's answers to the held-out prompts; after.json: the trained one's
+    report.html     what PPO did, to look at: score against KL, and the texts, each token with its numbers
+    curves.png, samples.md      the same in short: score, KL, entropy, losses; 16 prompts before and after
     summary.json    the result as numbers: scores, KL, seconds, peak memory, bytes of optimizer state
     bad_batch.safetensors  a batch that led to NaN or infinity, if there was one: see --on_bad_batch
     checkpoints/    the newest states of the run, from which --resume goes on
@@ -49,6 +49,7 @@ from adapters import AutoModelForCausalLMWithValueHead, lora_settings
 from checkpoint import stop_signals
 from checks import leave_out, loading, phase, time_limit
 from ppo_core import BadNumbers, PPOConfig, PPOTrainer, knob
+from report import token_numbers, write_report
 from run_checkpoints import refuse_damaged, restore, save, save_final
 from run_folder import Evaluation, RunFolder
 from run_inputs import check_settings, decode_responses, load_prompts, parse, plan, prompts_of_step
@@ -159,7 +160,7 @@ def main(arguments=None):
     after = evaluate(trainer, reward, eval_prompts)
     with phase("final/"):
         save_final(trainer, run.folder / "final")
-    run.finish(before, after, optim.state_bytes(trainer.optimizer))
+    run.finish(before, after, optim.state_bytes(trainer.optimizer), write_report)
     distributed.end(accelerator)
 
 
@@ -254,7 +255,8 @@ def evaluate(trainer, reward, prompts):
                                          max_new_tokens=trainer.config.max_new_tokens)
         answers = decode_responses(trainer.tokenizer, queries, responses)
         with time_limit(trainer.config.reward_timeout):
-            return Evaluation(texts, answers, rewards.score_texts(reward, texts, answers))
+            scores = rewards.score_texts(reward, texts, answers)
+        return Evaluation(texts, answers, scores, token_numbers(trainer, queries, responses, scores))
 
 
 if __name__ == "__main__":
