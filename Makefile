@@ -15,7 +15,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume watch features sharing stages \
+.PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume watch fluency features sharing stages \
 	bench levers profile test test-long assets clean
 
 help:  ## list the targets
@@ -54,6 +54,9 @@ resume: $(STAMP)  ## RUN=runs/<name>: go on with a run that was killed
 
 watch: $(STAMP)  ## RUN=runs/<name>: write its report.html again every few seconds, for a browser that stays open
 	$(BIN)/python scripts/report.py $(RUN) --watch
+
+fluency: $(STAMP)  ## how English the default policy writes before and after PPO, by SmolLM2; trains three seeds
+	$(BIN)/python scripts/fluency.py $(ARGS)
 
 features: $(STAMP)  ## measure every feature on the default run; 6 minutes on 2 cores
 	$(BIN)/python scripts/bench.py features $(ARGS)

@@ -1,0 +1,115 @@
+"""How English the default policy writes, before and after PPO, by a model that had no part in either.
+
+    make fluency                                        # trains three seeds first, unless they are there
+    python scripts/fluency.py runs/review-lm-1          # these runs of the default model instead
+
+The outside judge is SmolLM2-135M. A row of the table is made of 200 responses to the held-out prompts:
+bits per character    -log2 of the probability that SmolLM2 gives to the response after its prompt, divided by
+                      the characters of the response. Human sentences show what is good; a lower number than
+                      theirs means more usual words, which alone is no virtue.
+distinct bigrams      as in a run's summary: low means that the responses are alike
+copied                share of responses with 8 words in a row that are in the training text
+score                 of the reward model that PPO trains with
+"""
+import argparse
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from make_assets import CACHE, HELD_OUT, ROOT, load_sentences, make_smollm2
+from make_corpus import read_corpus, runs_of_words
+from run_folder import Evaluation
+
+sys.path.insert(0, str(ROOT))
+
+import rewards
+
+SEEDS = (0, 1, 2)
+
+
+class Judge:
+    """SmolLM2-135M."""
+
+    def __init__(self):
+        folder = CACHE / "smollm2-135m"
+        make_smollm2(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def bits(self, prompt, response):
+        """-> -log2 of the probability of `response` after `prompt`."""
+        coded = self.tokenizer(prompt + response, return_tensors="pt", return_offsets_mapping=True,
+                               add_special_tokens=False)
+        ids = coded.input_ids                                                                         # (1, T)
+        logprobs = self.model(ids).logits[0, :-1].log_softmax(-1)                               # (T - 1, V)
+        logprobs = logprobs.gather(-1, ids[0, 1:, None])[:, 0]                                     # (T - 1,)
+        ends = coded.offset_mapping[0, 1:, 1]       # a token that ends behind the prompt is of the response
+        return float(-logprobs[ends > len(prompt)].sum()) / math.log(2)
+
+    @torch.no_grad()
+    def answer(self, prompts):
+        """-> a sentence for each prompt, as SmolLM2 itself goes on."""
+        torch.manual_seed(0)
+        answers = []
+        for prompt in prompts:
+            ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+            tokens = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
+                                         max_new_tokens=24, pad_token_id=0)
+            answer = self.tokenizer.decode(tokens[0, ids.shape[1]:], skip_special_tokens=True)
+            answers.append(answer.split("\n")[0])
+        return answers
+
+
+def training_text():
+    """-> every run of 8 words in the text that the policy learned from."""
+    texts = [text for text, _ in load_sentences()[:-HELD_OUT]]
+    return set().union(*map(runs_of_words, texts + read_corpus()))
+
+
+def human(prompts):
+    """-> the rest of the held-out sentences of which the prompts are the beginnings."""
+    sentences = [text for text, _ in load_sentences()[-HELD_OUT:]]
+    return [next(text for text in sentences if text.startswith(prompt))[len(prompt):] for prompt in prompts]
+
+
+def row(name, evaluation, judge, known):
+    """-> one line of the table."""
+    pairs = [(p, r) for p, r in zip(evaluation.prompts, evaluation.responses) if r.strip()]
+    bits = sum(judge.bits(*pair) for pair in pairs) / sum(len(response) for _, response in pairs)
+    copied = sum(not runs_of_words(p + r).isdisjoint(known) for p, r in pairs) / len(pairs)
+    return (f"| {name} | {bits:.2f} | {evaluation.distinct_bigrams:.2f} | {copied:.1%} | "
+            f"{evaluation.score:.3f} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs of the default model")
+    arguments = parser.parse_args()
+    runs = arguments.runs or [ROOT / "runs" / f"fluency-{seed}" for seed in SEEDS]
+    for seed, folder in enumerate(runs):
+        if not arguments.runs and not (folder / "summary.json").is_file():
+            subprocess.run([sys.executable, ROOT / "scripts" / "train.py", "--seed", str(seed),
+                            "--output_dir", folder], check=True)
+    judge, known = Judge(), training_text()
+    score = rewards.load_reward_model(str(ROOT / "assets" / "review-sentiment"), "cpu")
+    before = Evaluation.read(runs[0] / "before.json")
+    print("| 200 responses of | bits per character | distinct bigrams | copied | score |")
+    print("|---" * 5 + "|")
+    for name, responses in (("human sentences", human(before.prompts)),
+                            ("SmolLM2", judge.answer(before.prompts))):
+        scores = rewards.score_texts(score, before.prompts, responses)
+        print(row(name, Evaluation(before.prompts, responses, scores), judge, known), flush=True)
+    print(row("the default policy before PPO", before, judge, known), flush=True)
+    for folder in runs:
+        after = Evaluation.read(folder / "after.json")
+        print(row(f"after PPO, {folder.name}", after, judge, known), flush=True)
+
+
+if __name__ == "__main__":
+    main()
