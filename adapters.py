@@ -34,8 +34,10 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
     """value_head's class, for models with adapters too: .pretrained_model is then peft's PeftModel."""
 
     def __init__(self, pretrained_model, **head_arguments):
+        is_peft_model = hasattr(pretrained_model, "get_base_model")
+        refuse_other_adapters(pretrained_model, is_peft_model)
         super().__init__(pretrained_model, **head_arguments)
-        self.is_peft_model = hasattr(pretrained_model, "get_base_model")
+        self.is_peft_model = is_peft_model
         if self.is_peft_model:
             parameters = inspect.signature(pretrained_model.get_base_model().forward).parameters
             self.takes_position_ids = "position_ids" in parameters
@@ -49,12 +51,19 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
         A model in 8 or 4 bits can be trained like this. ValueError: adapters do not fit the model.
         """
         if isinstance(pretrained_model_name_or_path, nn.Module):
-            head_arguments = {key: value for key, value in kwargs.items() if key in value_head.HEAD_ARGUMENTS}
-            return cls(add_adapters(pretrained_model_name_or_path, peft_config=peft_config), **head_arguments)
+            given = kwargs if is_trainable else {"is_trainable": False, **kwargs}
+            for key in given:
+                if key not in value_head.HEAD_ARGUMENTS:
+                    raise ValueError(f"{key} is about a model that is loaded, but a model was given; leave "
+                                     "it out, or give a folder's name")
+            return cls(add_adapters(pretrained_model_name_or_path, peft_config=peft_config), **kwargs)
         name = os.fspath(pretrained_model_name_or_path)
         place = {key: kwargs[key] for key in value_head.PLACE_ARGUMENTS if key in kwargs}
         base = base_model(name, **place)
-        if base is not None:        # these two say where the adapters are, not their base
+        if base is None and not is_trainable:
+            raise ValueError(f"is_trainable=False is about saved adapters, and {name!r} has none; leave it "
+                             "out")
+        if base is not None:        # revision and subfolder belong to the adapters; the base has its own
             kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
         whole = super().from_pretrained(base or name, *args, **kwargs)
         if base is None and peft_config is None:
@@ -87,11 +96,13 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
         return state
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """The inverse of `state_dict`. With strict=True, a missing tensor is a RuntimeError."""
+        """The inverse of `state_dict`. strict=True: a missing or an unknown tensor is a RuntimeError."""
         if self.is_peft_model:
             missing = set(self.state_dict()) - set(state_dict)
-            if strict and missing:
-                raise RuntimeError(f"{len(missing)} trained tensors are missing, {min(missing)} first")
+            unknown = set(state_dict) - set(super().state_dict())
+            for names, what in ((missing, "trained tensors are missing"), (unknown, "tensors are unknown")):
+                if strict and names:
+                    raise RuntimeError(f"{len(names)} {what}, {min(names)} first")
             strict = False          # the tensors of the frozen model are not in state_dict
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -99,6 +110,8 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
         """With adapters: what peft writes, and value_head.safetensors; of kwargs only state_dict is used."""
         if not self.is_peft_model:
             return super().save_pretrained(folder, **kwargs)
+        if kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub is True, but adapters are not pushed; upload what is saved")
         state = kwargs.get("state_dict") or self.state_dict()
         # peft would ask a hub whether embeddings were resized; those that are trained are saved in any case.
         self.pretrained_model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
@@ -113,8 +126,8 @@ class AutoModelForCausalLMWithValueHead(value_head.AutoModelForCausalLMWithValue
         copy.deepcopy(self.pretrained_model).merge_and_unload().save_pretrained(folder, **kwargs)
 
     def adapters_add_nothing(self):
-        """True if all tensors of the adapters, and all trained ones, are LoRA's factors of which one of each
-        pair is 0, as in new adapters."""
+        """True if switching the adapters off changes nothing, as with new ones: each is a pair of LoRA's
+        factors A, B of which one is 0, and nothing else of the language model is trained."""
         tensors = dict(self.pretrained_model.named_parameters())
 
         def is_zero(name):
@@ -141,8 +154,8 @@ def base_model(name, **place):
     with open(path, encoding="utf-8") as file:
         base = json.load(file).get("base_model_name_or_path")
     if not base:
-        raise ValueError(f"the adapters in {name!r} name 0 base models; write base_model_name_or_path into "
-                         "their adapter_config.json")
+        raise ValueError(f"the adapters in {name!r} do not name their base model; write "
+                         "base_model_name_or_path into their adapter_config.json")
     return base
 
 
@@ -174,6 +187,21 @@ def add_adapters(model, name=None, peft_config=None, is_trainable=True, **place)
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the adapters of {name or 'peft_config'} do not fit the model "
                          f"{model.config.name_or_path!r} ({reason}); take those of this model") from error
+
+
+def refuse_other_adapters(model, is_peft_model):
+    """ValueError: `model` has adapters of a kind that cannot be trained or saved here."""
+    if getattr(model, "_hf_peft_config_loaded", False):     # transformers' way: the model itself holds them
+        raise ValueError("the model's adapters were loaded by transformers; give from_pretrained the name of "
+                         "their folder, or load them by peft.AutoPeftModelForCausalLM")
+    names = list(model.peft_config) if is_peft_model else ["default"]
+    if names != ["default"]:
+        raise ValueError(f"the model has {len(names)} adapters ({', '.join(names)}), but it can have one, "
+                         "named default; merge the others into the model (merge_and_unload), and give no "
+                         "adapter_name")
+    if is_peft_model and model.active_peft_config.is_prompt_learning:
+        raise ValueError(f"the adapters are of type {model.active_peft_config.peft_type.value}, which adds "
+                         "tokens to the prompt; use adapters inside the layers, such as peft.LoraConfig(r=8)")
 
 
 def lora_settings(r):

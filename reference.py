@@ -67,8 +67,8 @@ class AdapterReference(nn.Module):
         if not model.adapters_add_nothing():
             self.start = nn.ParameterList(p.detach().clone() for p in self.trained).requires_grad_(False)
         if self.start:
-            logger.warning("the adapters were trained before: a frozen copy of them (%.1f MB) is the "
-                           "reference, not the model without them", sum(p.nbytes for p in self.start) / 1e6)
+            logger.warning("without its adapters this would be another model: a frozen copy of them "
+                           "(%.1f MB) is the reference", sum(p.nbytes for p in self.start) / 1e6)
 
     @contextmanager
     def in_force(self):

@@ -12,6 +12,7 @@ Shapes: as in ppo_core.py.
 Copy me: needs speed.py, adapters.py and what these need. Tested by tests/test_trl_names.py.
 """
 import inspect
+import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +27,7 @@ from transformers.utils import is_torch_xpu_available as is_xpu_available
 import adapters
 import distributed
 import ppo_core
-from ppo_core import (BadNumbers, LengthSampler, entropy_from_logits, knob, logprobs_from_logits, masked_mean,
-                      masked_var, masked_whiten, sampling_arguments)
+from ppo_core import BadNumbers, LengthSampler, entropy_from_logits, knob, masked_whiten, sampling_arguments
 from reference import create_reference_model
 from rewards import AdaptiveKLController, FixedKLController
 from speed import FastPPOTrainer
@@ -35,6 +35,21 @@ from speed import FastPPOTrainer
 # ------------------------------------------------------------------------------------- functions of trl.core
 
 set_seed = distributed.seed_everything
+
+
+def logprobs_from_logits(logits, labels, gather=True):
+    """(B, R, V), (B, R) -> (B, R); gather=False: of all tokens, (B, R, V)."""
+    return ppo_core.logprobs_from_logits(logits, labels) if gather else logits.log_softmax(-1)
+
+
+def masked_mean(values, mask, axis=None):
+    return (values * mask).sum(axis) / mask.sum(axis)       # axis=None: over all
+
+
+def masked_var(values, mask, unbiased=True):
+    """Of all values whose mask is 1; unbiased divides by one less than their number."""
+    variance = masked_mean((values - masked_mean(values, mask)) ** 2, mask)
+    return variance * mask.sum() / (mask.sum() - 1) if unbiased else variance
 
 
 def whiten(values, shift_mean=True):
@@ -58,6 +73,26 @@ def respond_to_batch(model, queries, txt_len=20, top_k=0, top_p=1.0):
     return ids[:, -txt_len:]
 
 
+# Names of TRL that are not here, and what to do instead.
+MISSING = {"TextEnvironment": "run the tool yourself and give step() response_masks",
+           "TextHistory": "keep the tokens in lists", "build_bert_batch_from_txt": "use the tokenizer",
+           "BestOfNSampler": "sample several responses, score them, and take the best",
+           "PPODecorators": "set optimize_device_cache in PPOConfig",
+           "PreTrainedModelWrapper": "use AutoModelForCausalLMWithValueHead",
+           "top_k_top_p_filtering": "set top_k and top_p in PPOConfig",
+           **dict.fromkeys(("flatten_dict", "stack_dicts", "stats_to_np", "convert_to_scalar", "add_suffix",
+                            "pad_to_size"), "step() returns plain numbers, in one flat dict"),
+           **dict.fromkeys((f"{name}{kind}" for name in ("DPO", "SFT", "Reward")
+                            for kind in ("Trainer", "Config")), "keep TRL for it")}
+
+
+def __getattr__(name):
+    """Called for a name that is not here."""
+    if name in MISSING:
+        raise ImportError(f"{name} is not there; {MISSING[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 # --------------------------------------------------------------------------------------------------- models
 
 
@@ -66,16 +101,23 @@ class AutoModelForCausalLMWithValueHead(adapters.AutoModelForCausalLMWithValueHe
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
+        if "reward_adapter" in kwargs:
+            raise ValueError("reward_adapter is given, but a model has one adapter here; load the reward "
+                             "model as a model of its own")
         try:
             return super().from_pretrained(*args, **kwargs)
-        except (TypeError, RuntimeError) as error:      # the model's class gets every keyword that is left
-            # Out of memory is a RuntimeError too. A device that is not there is the only one about keywords.
-            if isinstance(error, RuntimeError) and (
-                    "device_map" not in kwargs or isinstance(error, torch.OutOfMemoryError)):
+        except TypeError as error:      # the model's class gets every keyword that is left
+            unknown = re.search(r"unexpected keyword argument ('\w+')", str(error))
+            if unknown is None:
+                raise
+            raise ValueError(f"from_pretrained does not know the keyword {unknown[1]}; leave it out"
+                             ) from error
+        except RuntimeError as error:
+            if "device_map" not in kwargs or isinstance(error, torch.OutOfMemoryError):
                 raise
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"from_pretrained has a keyword too many, or a wrong one: {reason}; leave it out"
-                             ) from error
+            raise ValueError(f"device_map is {kwargs['device_map']!r}, which this machine cannot do "
+                             f"({reason}); leave device_map out") from error
 
     def forward(self, input_ids, attention_mask=None, past_key_values=None, **kwargs):
         if torch.is_tensor(past_key_values):
@@ -83,11 +125,14 @@ class AutoModelForCausalLMWithValueHead(adapters.AutoModelForCausalLMWithValueHe
                              "TRL it was the third); give it by name")
         return super().forward(input_ids, attention_mask, past_key_values, **kwargs)
 
+    def push_to_hub(self, *args, **kwargs):
+        raise ValueError("push_to_hub is not there; upload what save_pretrained wrote")
+
 
 class AutoModelForSeq2SeqLMWithValueHead:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        raise ValueError("0 encoder-decoder models can be trained; use a causal language model and "
+        raise ValueError("encoder-decoder models cannot be trained; use a causal language model and "
                          "AutoModelForCausalLMWithValueHead")
 
 
@@ -139,11 +184,12 @@ class PPOConfig(ppo_core.PPOConfig):
         self.backward_batch_size = self.mini_batch_size * self.gradient_accumulation_steps
         super().__post_init__()
         if self.push_to_hub_if_best_kwargs:
-            raise ValueError(f"push_to_hub_if_best_kwargs has {len(self.push_to_hub_if_best_kwargs)} entries "
-                             "but 0 models are pushed; upload what save_pretrained wrote")
+            raise ValueError("push_to_hub_if_best_kwargs is given, but nothing is pushed; upload what "
+                             "save_pretrained wrote")
         if self.is_encoder_decoder:
-            raise ValueError("is_encoder_decoder is True, and 0 encoder-decoder models can be trained; use a "
-                             "causal language model")
+            raise ValueError("is_encoder_decoder is True, but encoder-decoder models cannot be trained; use "
+                             "a causal language model")
+        self.top_k, self.top_p = self.top_k or 0, 1.0 if self.top_p is None else self.top_p
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k is {self.top_k} and top_p is {self.top_p}; use at least 0 (0 = off), "
                              "and a number above 0 and up to 1 (1 = off)")
@@ -165,14 +211,16 @@ class PPOConfig(ppo_core.PPOConfig):
 def kept_tokens(logits, labels=None, top_k=0, top_p=1.0):
     """The tokens that top_k and top_p leave to be sampled: (b, R, V), labels (b, R) -> bool (b, R, V).
 
-    A label is always among them: it was sampled, and another pass may round its logit a little differently.
+    The same as in transformers, also where logits are equal. A label is always among them: it was sampled,
+    and another pass may round its logit a little differently.
     """
-    ordered, order = logits.sort(-1, descending=True)                                              # (b, R, V)
-    last = min(top_k or ordered.shape[-1], ordered.shape[-1]) - 1
-    kept = ordered >= ordered[..., last:last + 1]       # as in transformers, ties with the last one too
+    ordered, order = logits.sort(-1)                    # the likeliest last                       # (b, R, V)
+    first = ordered.shape[-1] - min(int(top_k) or ordered.shape[-1], ordered.shape[-1])
+    kept = ordered >= ordered[..., first:first + 1]     # also those that are as likely as the last of k
     probabilities = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-    # until the likelier tokens have the probability top_p together
-    kept &= probabilities.cumsum(-1) - probabilities < top_p
+    if top_p < 1:       # the unlikeliest go, which have at most 1 - top_p together; the likeliest stays
+        kept &= probabilities.cumsum(-1) > 1 - top_p
+        kept[..., -1] = True
     kept = torch.zeros_like(kept).scatter(-1, order, kept)
     return kept if labels is None else kept.scatter(-1, labels.unsqueeze(-1), True)
 
@@ -183,7 +231,12 @@ def kept_tokens(logits, labels=None, top_k=0, top_p=1.0):
 TRL_METHODS = {"batched_forward_pass": "record", "prepare_model_inputs": "record", "loss": "minibatch_loss",
                "compute_rewards": "step, or give step() a score per token", "compute_advantages": "step",
                "train_minibatch": "optimizer_step", "prepare_dataloader": "make_dataloader",
-               "record_step_stats": "batch_stats"}
+               "record_step_stats": "batch_stats", "gather_stats": "batch_stats", "_early_stop": "update",
+               "_kl_penalty": "record", "_generate_batched": "generate_batch", "_step_safety_checker": "step"}
+# What a generation config may say that is not about the distribution: the values without any effect.
+NO_EFFECT = {**dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits",
+                              "return_dict_in_generate"), (None, False)),
+             "early_stopping": (None, True, False, "never"), "length_penalty": (None, 1.0)}
 
 
 class PPOTrainer(FastPPOTrainer):
@@ -196,8 +249,8 @@ class PPOTrainer(FastPPOTrainer):
             raise ValueError(f"config is a {type(config).__module__}.{type(config).__name__}; give a "
                              "trl_names.PPOConfig")
         if training_data_collator is not None:
-            raise ValueError(f"training_data_collator is a {type(training_data_collator).__name__}, but 0 "
-                             "are used: ppo_core.collate pads the batch; leave it out")
+            raise ValueError("training_data_collator is given, but ppo_core.collate pads the batch; leave it "
+                             "out")
         name = next((name for name in TRL_METHODS if hasattr(self, name)), None)
         if name is not None:
             raise ValueError(f"{type(self).__name__} defines {name}, which nothing would call; override "
@@ -237,8 +290,8 @@ class PPOTrainer(FastPPOTrainer):
                  generation_config=None, **generation_kwargs):
         """As in ppo_core, and: generation_config: of transformers; its entries are taken as keywords.
 
-        The responses of a list of queries end at the tokenizer's EOS too, whatever eos_token_id is.
-        remove_padding=False: they are padded to one length.
+        eos_token_id: a number or several; by default that of the model's generation config. The responses
+        of a list of queries end at the tokenizer's EOS too. remove_padding=False: padded to one length.
         """
         if generation_config is not None:
             entries = generation_config.to_diff_dict().items()
@@ -247,10 +300,13 @@ class PPOTrainer(FastPPOTrainer):
         if "attention_mask" in generation_kwargs:
             raise ValueError("generate(..., attention_mask=...) is made from the lengths of the queries, "
                              "which hold 0 tokens of padding; leave it out")
-        eos, single = generation_kwargs.get("eos_token_id"), torch.is_tensor(query_tensor)
-        if eos is not None and not single:
-            generation_kwargs["eos_token_id"] = [*(eos if isinstance(eos, list) else [eos]),
-                                                 self.tokenizer.eos_token_id]
+        generation_kwargs = {name: value for name, value in generation_kwargs.items()
+                             if value not in NO_EFFECT.get(name, ())}
+        single, language_model = torch.is_tensor(query_tensor), self.language_model.pretrained_model
+        eos = generation_kwargs.get("eos_token_id", language_model.generation_config.eos_token_id)
+        if eos is not None:
+            ids = [eos] if isinstance(eos, int) else list(eos)
+            generation_kwargs["eos_token_id"] = ids if single else [*ids, self.tokenizer.eos_token_id]
         if not allow_other_distribution:
             generation_kwargs = self.checked_arguments(generation_kwargs)
             allow_other_distribution = self.config.truncates        # they have just been checked
@@ -320,7 +376,7 @@ class PPOTrainer(FastPPOTrainer):
     def own_draws(self):
         """Inside the `with` block the global random generators are the trainer's own, seeded by config.seed.
 
-        So a run can be repeated from its config, and what the user seeded goes on as if nothing was drawn.
+        So a run can be repeated from its config. Afterwards the user's generators are as they were before.
         """
         if self.config.seed is None:
             yield
@@ -338,14 +394,20 @@ class PPOTrainer(FastPPOTrainer):
             distributed.set_random_state(users, device)
 
     def state_dict(self):
+        """As in ppo_core, and in "random" beside the user's generators the trainer's own, as "trainer"."""
         state = super().state_dict()
-        return state if self.config.seed is None else {**state, "random": dict(self.own_random)}
+        if self.config.seed is not None:
+            name, keys, *rest = self.own_random["numpy"]        # as lists, which checkpoint.py can read
+            state["random"]["trainer"] = {**self.own_random, "numpy": (name, list(map(int, keys)), *rest)}
+        return state
 
     def load_state_dict(self, state):
-        if self.config.seed is not None:
-            self.own_random = state.get("random", self.own_random)
-            state = {name: value for name, value in state.items() if name != "random"}
         super().load_state_dict(state)
+        if self.config.seed is not None:
+            self.own_random = state.get("random", {}).get("trainer", self.own_random)
+
+    def push_to_hub(self, *args, **kwargs):
+        self.language_model.push_to_hub()
 
     def _save_pretrained(self, save_directory):
         self.save_pretrained(save_directory)

@@ -18,23 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import trl_names
 from ppo_core import HARMLESS, NEUTRAL
 
-MISSING = {"TextEnvironment": "run the tool yourself and give step() response_masks",
-           "TextHistory": "keep the tokens in lists",
-           "AutoModelForSeq2SeqLMWithValueHead": "use a causal model",
-           "build_bert_batch_from_txt": "use the tokenizer", "PPODecorators": "set optimize_device_cache",
-           "PreTrainedModelWrapper": "use AutoModelForCausalLMWithValueHead",
-           **dict.fromkeys(("DPOTrainer", "SFTTrainer", "RewardTrainer"), "keep TRL for it")}
+SEQ2SEQ = "AutoModelForSeq2SeqLMWithValueHead"
 CONFIG_CHANGES = {"push_to_hub_if_best_kwargs": "leave it out; upload what save_pretrained wrote",
                   "is_encoder_decoder": "leave it out; only causal models can be trained"}
 GENERATE_ARGUMENTS = {"length_sampler", "batch_size", "return_prompt", "generate_ref_response",
                       "remove_padding", "generation_config", "allow_other_distribution"}
-TRAINER_CHANGES = {"training_data_collator": "leave it out; ppo_core.collate pads",
-                   "push_to_hub": "upload what save_pretrained wrote"}
+TRAINER_CHANGES = {"training_data_collator": "leave it out; ppo_core.collate pads"}
 # What transformers 5 and new peft took away, whatever PPO library is used.
 OTHER_CHANGES = {"return_all_scores": "use top_k=None, and read the scores by label",
                  "encode_plus": "call the tokenizer itself", "batch_encode_plus": "call the tokenizer itself",
                  "prepare_model_for_int8_training": "use peft.prepare_model_for_kbit_training",
-                 "load_tool": "write the tool as a function", "BloomTokenizerFast": "use AutoTokenizer"}
+                 "load_tool": "write the tool as a function", "BloomTokenizerFast": "use AutoTokenizer",
+                 "use_auth_token": "use token="}
 
 
 UNKNOWN = object()      # a value that is no literal
@@ -55,16 +50,30 @@ class Report(ast.NodeVisitor):
             if isinstance(node, ast.ClassDef) and "PPOTrainer" in map(self.called, node.bases):
                 self.kinds[node.name] = "PPOTrainer"
         for node in nodes:
-            if isinstance(node, ast.Assign) and name_of(node.targets[0]):
-                name, value = name_of(node.targets[0]), node.value
-                if isinstance(value, ast.Call):
-                    called = self.called(value.func)
-                    self.kinds[name] = self.kinds.get(called, called)
-                self.dicts[name] = entries_of(value)
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                self.note_assignment(target, node.value)
+            elif isinstance(node, ast.Call) and name_of(node.func) == "update":     # kwargs.update(top_k=50)
+                self.note_entries(owner_of(node.func), self.arguments_of(node)[0])
         for node in nodes:
             if isinstance(node, ast.Call) and self.called(node.func) == "PPOConfig":
                 self.config.update(self.arguments_of(node)[0])
         self.visit(tree)
+
+    def note_assignment(self, target, value):
+        if isinstance(target, ast.Subscript) and isinstance(target.slice, ast.Constant):
+            # kwargs["top_k"] = 50
+            self.note_entries(name_of(target.value), {target.slice.value: literal(value)})
+        elif name_of(target) and value is not None:
+            if isinstance(value, ast.Call):
+                called = self.called(value.func)
+                self.kinds[name_of(target)] = self.kinds.get(called, called)
+            self.note_entries(name_of(target), entries_of(value))
+
+    def note_entries(self, name, entries):
+        """A dict that is made in several places has the entries of all of them."""
+        known = self.dicts.get(name)
+        self.dicts[name] = known if entries is None else {**(known or {}), **entries}
 
     def called(self, node):
         """-> the name of a function or class, without its alias."""
@@ -81,9 +90,9 @@ class Report(ast.NodeVisitor):
 
     def visit_ImportFrom(self, node):
         for alias in node.names:
-            if is_trl(node.module) and not hasattr(trl_names, alias.name):
-                remedy = MISSING.get(alias.name, "write it yourself")
-                self.say(node, "missing", f"{alias.name} is not there; {remedy}")
+            if is_trl(node.module) and alias.name not in vars(trl_names):
+                remedy = trl_names.MISSING.get(alias.name, "write it yourself")
+                self.say(node, "missing", f"{alias.name}: {remedy}")
             elif is_trl(node.module):
                 self.say(node, "ok", f"from trl_names import {alias.name}")
             self.check_other(node, alias.name)
@@ -110,8 +119,10 @@ class Report(ast.NodeVisitor):
         elif called in {**TRAINER_CHANGES, **trl_names.TRL_METHODS} and self.is_trainer(node.func):
             remedy = TRAINER_CHANGES.get(called, "it is not there; call step()")
             self.say(node, "change", f"{owner}.{called}(): {remedy}")
-        elif called == "from_pretrained" and owner == "AutoModelForSeq2SeqLMWithValueHead":
-            self.say(node, "missing", f"{owner}: {MISSING[owner]}")
+        elif called == "from_pretrained":
+            self.check_model(node, self.aliases.get(owner, owner), arguments)
+        elif called == "push_to_hub" or arguments.get("push_to_hub"):
+            self.say(node, "change", "push_to_hub: upload what save_pretrained wrote")
         more = arguments.get("model_kwargs")
         names = {*arguments, *(more if isinstance(more, dict) else ())}
         if called == "pipeline" and "load_in_8bit" in names:
@@ -120,6 +131,16 @@ class Report(ast.NodeVisitor):
         for name in (called, *arguments):
             self.check_other(node, name)
         self.generic_visit(node)
+
+    def check_model(self, node, owner, arguments):
+        bits = [name for name in ("load_in_8bit", "load_in_4bit") if arguments.get(name)]
+        if owner == SEQ2SEQ:
+            self.say(node, "missing", f"{owner}: use a causal model")
+        elif "reward_adapter" in arguments:
+            self.say(node, "missing", "reward_adapter: load the reward model as a model of its own")
+        elif bits and (owner or "").startswith("AutoModel") and "ValueHead" not in owner:
+            self.say(node, "change", f"{owner}.from_pretrained({bits[0]}=...): give quantization_config= "
+                                     "(transformers 5, not PPO)")
 
     def is_trainer(self, method):
         """Whether `method`, of a call a.b.method(), belongs to a PPOTrainer or to a subclass of it."""
@@ -152,10 +173,16 @@ class Report(ast.NodeVisitor):
             if name not in fields:
                 self.say(node, "change", f"PPOConfig has no field {name}; leave it out")
         self.check_each(node, arguments, CONFIG_CHANGES)
+        if UNKNOWN not in arguments.values() and set(arguments) <= fields - set(CONFIG_CHANGES):
+            try:
+                trl_names.PPOConfig(**arguments)
+            except (ValueError, TypeError) as error:
+                self.say(node, "change", f"PPOConfig: {error}")
         self.say(node, "ok", f"PPOConfig with {len(arguments)} settings")
 
     def check_generate(self, node, arguments, complete):
-        for name, value in arguments.items():
+        entries = arguments.get("generation_config")
+        for name, value in {**(entries if isinstance(entries, dict) else {}), **arguments}.items():
             shown = "..." if value is UNKNOWN else value
             if name in ("top_k", "top_p", "temperature"):
                 expected = self.config.get(name, {"top_k": 0}.get(name, 1.0))
@@ -167,7 +194,8 @@ class Report(ast.NodeVisitor):
             elif name in NEUTRAL and value not in (None, *NEUTRAL[name]):
                 self.say(node, "change", f"generate({name}={shown}): it changes the distribution that is "
                                          "sampled; leave it out")
-            elif name not in {*NEUTRAL, *HARMLESS, *GENERATE_ARGUMENTS}:
+            elif name not in {*NEUTRAL, *HARMLESS, *GENERATE_ARGUMENTS} and (
+                    value is UNKNOWN or value not in trl_names.NO_EFFECT.get(name, ())):
                 self.say(node, "change", f"generate({name}=...): leave it out, or evaluate with "
                                          "allow_other_distribution=True")
         if not complete:
@@ -196,6 +224,8 @@ def owner_of(node):
 
 
 def literal(node):
+    if isinstance(node, ast.Call) and name_of(node.func) == "GenerationConfig":
+        return entries_of(node)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):     # TypeError: such as a set of lists
@@ -207,7 +237,7 @@ def entries_of(node):
     if isinstance(node, ast.Dict):
         return {key.value: literal(value) for key, value in zip(node.keys, node.values)
                 if isinstance(key, ast.Constant)}
-    if isinstance(node, ast.Call) and name_of(node.func) == "dict":
+    if isinstance(node, ast.Call) and name_of(node.func) in ("dict", "GenerationConfig"):
         return {keyword.arg: literal(keyword.value) for keyword in node.keywords if keyword.arg is not None}
     return None
 
@@ -218,15 +248,16 @@ def main(arguments):
         print("usage: python scripts/migrate.py path/to/script.py", file=sys.stderr)
         return 2
     try:
-        tree = ast.parse(Path(arguments[0]).read_text(encoding="utf-8"))
+        tree = ast.parse(Path(arguments[0]).read_text(encoding="utf-8-sig"))       # with or without a mark
     except (OSError, ValueError, SyntaxError) as error:
-        print(f"error: {arguments[0]} cannot be read as Python: {error}", file=sys.stderr)
+        print(f"error: {arguments[0]} cannot be read as Python: {error}; of a notebook, give what jupyter "
+              "nbconvert --to script makes", file=sys.stderr)
         return 2
     lines = sorted(Report(tree).lines)
     for number, status, text in lines:
         print(f"line {number:4d}  {status:7s}  {text}")
     to_do = sum(status != "ok" for _, status, _ in lines)
-    print(f"{to_do} things to change" if to_do else
+    print(f"{to_do} thing{'s' * (to_do != 1)} to change" if to_do else
           "found nothing to change but the import lines, see docs/migrating.md")
     return 1 if to_do else 0
 

@@ -98,7 +98,7 @@ def test_adapters_that_were_trained_before_are_their_own_reference(trainer_class
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         trainer = make(model, trainer_class)
-    assert caplog.text.count("the adapters were trained before: a frozen copy of them (") == 1
+    assert caplog.text.count("this would be another model: a frozen copy of them (") == 1
     found = ref_logprobs(trainer)
     assert all((row - expected).abs().max() < 1e-6 for row in found)
     assert (expected - base).abs().max() > 1e-3         # the base would be another reference
@@ -274,6 +274,36 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_adapters_of_another_kind_are_one_sentence(tmp_path):
+    load, base = AutoModelForCausalLMWithValueHead.from_pretrained, AutoModelForCausalLM.from_pretrained
+    two = get_peft_model(base(folder()), lora())
+    two.add_adapter("second", lora())
+    refused(r"the model has 2 adapters \(default, second\), but it can have one, named default; merge the others", lambda: load(two))
+    refused(r"the model has 1 adapters \(mine\)", lambda: load(get_peft_model(base(folder()), lora(), adapter_name="mine")))
+    prompts = get_peft_model(base(folder()), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    refused("the adapters are of type PROMPT_TUNING, which adds tokens to the prompt; use", lambda: load(prompts))
+    of_transformers = base(trained_adapters(tmp_path)[0])
+    refused("the model's adapters were loaded by transformers; give from_pretrained the name of their folder", lambda: load(of_transformers))
+
+
+def test_what_has_no_effect_on_a_given_model_is_refused():
+    load = AutoModelForCausalLMWithValueHead.from_pretrained
+    language_model = AutoModelForCausalLM.from_pretrained(folder())
+    for keywords, name in (({"load_in_8bit": True}, "load_in_8bit"), ({"v_head_init": "normal"}, "v_head_init"), ({"is_trainable": False}, "is_trainable")):
+        refused(f"{name} is about a model that is loaded, but a model was given; leave it out", lambda keywords=keywords: load(language_model, **keywords))
+    refused("is_trainable=False is about saved adapters, and .*gpt2.* has none", lambda: load(folder(), is_trainable=False))
+    assert load(language_model, peft_config=lora(), v_head_init_strategy="zero").v_head.summary.weight.abs().max() == 0
+
+
+def test_an_unknown_tensor_is_refused_and_adapters_are_not_pushed(tmp_path):
+    model = with_lora()
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match="1 tensors are unknown, nonsense first"):
+        model.load_state_dict({**state, "nonsense": torch.zeros(1)})
+    model.load_state_dict({**state, **super(AutoModelForCausalLMWithValueHead, model).state_dict()})       # the frozen model's are known
+    refused("adapters are not pushed; upload what is saved", lambda: model.save_pretrained(tmp_path, push_to_hub=True))
+
+
 def test_an_adapter_folder_that_cannot_be_used_is_one_sentence(tmp_path):
     load = AutoModelForCausalLMWithValueHead.from_pretrained
     saved, _ = trained_adapters(tmp_path)
@@ -289,7 +319,7 @@ def test_an_adapter_folder_that_cannot_be_used_is_one_sentence(tmp_path):
     edit(settings, base_model_name_or_path="/no/such/base")
     refused("no model found at '/no/such/base'", lambda: load(saved))
     edit(settings, base_model_name_or_path=None)
-    refused("name 0 base models; write base_model_name_or_path into", lambda: load(saved))
+    refused("do not name their base model; write base_model_name_or_path into", lambda: load(saved))
 
 
 def test_what_does_not_go_with_adapters_is_one_sentence():

@@ -45,9 +45,9 @@ def test_migrate_says_that_these_programs_will_run(path, capsys):
 
 
 OLD = {     # a line of an old script, and what has to be said about it
-    "from trl import TextEnvironment": "missing  TextEnvironment is not there; run the tool yourself",
+    "from trl import TextEnvironment": "missing  TextEnvironment: run the tool yourself",
     "AutoModelForSeq2SeqLMWithValueHead.from_pretrained(name)": "missing  AutoModelForSeq2SeqLMWithValueHead: use a causal model",
-    "from trl.core import no_such_name": "missing  no_such_name is not there; write it yourself",
+    "from trl.core import no_such_name": "missing  no_such_name: write it yourself",
     "import trl": "change   import trl: import the names themselves, from trl_names",
     "config = PPOConfig(push_to_hub_if_best_kwargs={'repo_id': 'x'})": "change   push_to_hub_if_best_kwargs: leave it out",
     "config = PPOConfig(no_such_field=1)": "change   PPOConfig has no field no_such_field",
@@ -59,12 +59,23 @@ OLD = {     # a line of an old script, and what has to be said about it
     "kwargs = {'top_p': 0.9, 'do_sample': True}\nppo_trainer.generate(q, **kwargs)": "change   generate(top_p=0.9): move it",
     "class Mine(PPOTrainer):\n    def compute_rewards(self):\n        pass": "change   compute_rewards: nothing calls it; override step",
     "t = PPOTrainer(c)\nt.batched_forward_pass(m)": "change   t.batched_forward_pass(): it is not there",
-    "t = PPOTrainer(c)\nt.push_to_hub('x')": "change   t.push_to_hub(): upload what save_pretrained wrote",
+    "t = PPOTrainer(c)\nt.push_to_hub('x')": "change   push_to_hub: upload what save_pretrained wrote",
     "p = pipeline('x', return_all_scores=True)": "change   return_all_scores: use top_k=None",
     "p = pipeline('x', load_in_8bit=True)": "change   pipeline(load_in_8bit=...)",
     "from peft import prepare_model_for_int8_training": "change   prepare_model_for_int8_training: use peft.prepare_model_for_kbit",
     "ids = tokenizer.encode_plus(text)": "change   encode_plus: call the tokenizer itself",
     "from transformers import BloomTokenizerFast": "change   BloomTokenizerFast: use AutoTokenizer",
+    "from trl.extras import BestOfNSampler": "missing  BestOfNSampler: sample several responses",
+    "model.push_to_hub('x')": "change   push_to_hub: upload",
+    "m = AutoModelForCausalLMWithValueHead.from_pretrained(n, reward_adapter='x')": "missing  reward_adapter: load the reward model",
+    "m = AutoModelForCausalLM.from_pretrained(n, load_in_8bit=True)": "change   AutoModelForCausalLM.from_pretrained(load_in_8bit=...): give",
+    "config = PPOConfig(kl_penalty='k3')": "change   PPOConfig: kl_penalty",
+    "config = PPOConfig(batch_size=4, mini_batch_size=3)": "change   PPOConfig: batch_size (4) must be a multiple",
+    "class Mine(PPOTrainer):\n    def _kl_penalty(self):\n        pass": "change   _kl_penalty: nothing calls it; override record",
+    "t: PPOTrainer = PPOTrainer(c)\nt.generate(q, top_k=50)": "generate(top_k=50): move it",
+    "kw = {'do_sample': True}\nkw['top_k'] = 50\nppo_trainer.generate(q, **kw)": "generate(top_k=50): move it",
+    "kw = {'do_sample': True}\nkw.update(top_k=50)\nppo_trainer.generate(q, **kw)": "generate(top_k=50): move it",
+    "ppo_trainer.generate(q, generation_config=GenerationConfig(top_k=50))": "generate(top_k=50): move it",
     "from transformers import load_tool": "change   load_tool: write the tool as a function",
 }
 
@@ -85,6 +96,9 @@ FINE = [    # nothing of these has to be changed
     "kwargs = {key: 1 for key in names}\nppo_trainer.generate(q, **kwargs)",
     "settings = {name: 1, 'batch_size': 4}\nconfig = PPOConfig(**settings)",
     "x = {[1]: 2}",
+    "model = AutoModelForCausalLMWithValueHead.from_pretrained(n, load_in_8bit=True)",
+    "ppo_trainer.generate(q, do_sample=True, return_dict_in_generate=False)",
+    "\ufeffconfig = PPOConfig(batch_size=n, mini_batch_size=4)",
 ]
 ALSO = {
     "class A:\n    def f(self):\n        self.trainer = PPOTrainer(c)\n        self.trainer.generate(q, top_k=50)": "generate(top_k=50): move it",

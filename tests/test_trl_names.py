@@ -22,7 +22,7 @@ TRL_FIELDS = {
     "model_name": ("gpt2", "information"), "query_dataset": ("stanfordnlp/imdb", "information"),
     "reward_model": ("sentiment-analysis:lvwerra/distilbert-imdb", "information"), "remove_unused_columns": (True, "works"),
     "tracker_kwargs": ({}, "works"), "accelerator_kwargs": ({}, "works"), "project_kwargs": ({}, "works"),
-    "tracker_project_name": ("trl", "works"), "push_to_hub_if_best_kwargs": ({}, "0 models are pushed"), "steps": (20000, "information"),
+    "tracker_project_name": ("trl", "works"), "push_to_hub_if_best_kwargs": ({}, "nothing is pushed"), "steps": (20000, "information"),
     "learning_rate": (1.41e-5, "works"), "adap_kl_ctrl": (True, "works"), "init_kl_coef": (0.2, "works"), "kl_penalty": ("kl", "works"),
     "target": (6.0, "works"), "horizon": (10000.0, "works"), "gamma": (1.0, "works"), "lam": (0.95, "works"), "cliprange": (0.2, "works"),
     "cliprange_value": (0.2, "works"), "vf_coef": (0.1, "works"), "batch_size": (128, "works"), "forward_batch_size": (None, "works"),
@@ -30,7 +30,7 @@ TRL_FIELDS = {
     "max_grad_norm": (None, "works"), "optimize_cuda_cache": (None, "works"), "optimize_device_cache": (False, "works"),
     "early_stopping": (False, "works"), "target_kl": (1.0, "works"), "compare_steps": (1, "information"), "ratio_threshold": (10.0, "works"),
     "use_score_scaling": (False, "works"), "use_score_norm": (False, "works"), "score_clip": (None, "works"), "whiten_rewards": (False, "works"),
-    "gradient_checkpointing": (False, "works"), "is_encoder_decoder": (None, "0 encoder-decoder models"), "is_peft_model": (None, "set"),
+    "gradient_checkpointing": (False, "works"), "is_encoder_decoder": (None, "encoder-decoder models"), "is_peft_model": (None, "set"),
     "backward_batch_size": (None, "set"), "global_backward_batch_size": (None, "set"), "global_batch_size": (None, "set"),
     "dataset_num_proc": (None, "information"),
 }
@@ -78,8 +78,8 @@ def test_information_is_read_back(name):
 
 
 def test_what_would_do_nothing_is_refused():
-    for settings, sentence in (({"push_to_hub_if_best_kwargs": {"repo_id": "x"}}, "has 1 entries but 0 models are pushed; upload"),
-                               ({"is_encoder_decoder": True}, "0 encoder-decoder models can be trained; use a causal"),
+    for settings, sentence in (({"push_to_hub_if_best_kwargs": {"repo_id": "x"}}, "is given, but nothing is pushed; upload"),
+                               ({"is_encoder_decoder": True}, "encoder-decoder models cannot be trained; use a causal"),
                                ({"top_p": 0.0}, "top_p is 0.0; use"), ({"top_k": -1}, "top_k is -1 and top_p is 1.0; use")):
         with pytest.raises(ValueError, match=sentence):
             PPOConfig(**settings)
@@ -132,6 +132,24 @@ def test_functions_of_trl_core():
     first = (torch.rand(1).item(), np.random.rand())
     trl_names.set_seed(7)
     assert first == (torch.rand(1).item(), np.random.rand())
+    mask = (torch.rand(5, 7) > 0.3).float()
+    chosen = values[mask == 1]
+    assert trl_names.masked_mean(values, mask) == pytest.approx(chosen.mean().item())
+    rows = torch.stack([row[m == 1].mean() for row, m in zip(values, mask)])
+    assert torch.allclose(trl_names.masked_mean(values, mask, 1), rows) and torch.allclose(trl_names.masked_mean(values, mask, axis=1), rows)
+    assert trl_names.masked_var(values, mask) == pytest.approx(chosen.var().item())
+    assert trl_names.masked_var(values, mask, unbiased=False) == pytest.approx(chosen.var(correction=0).item())
+    logits, labels = torch.randn(2, 3, 9), torch.randint(9, (2, 3))
+    assert torch.equal(trl_names.logprobs_from_logits(logits, labels), ppo_core.logprobs_from_logits(logits, labels))
+    assert torch.equal(trl_names.logprobs_from_logits(logits, labels, gather=False), logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("name", ["TextEnvironment", "BestOfNSampler", "top_k_top_p_filtering", "SFTConfig"])
+def test_a_name_that_is_not_there_says_what_to_do_instead(name):
+    with pytest.raises(ImportError, match=f"^{name} is not there; "):
+        exec(f"from trl_names import {name}")
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from trl_names import nothing")
 
 
 def test_respond_to_batch_samples_the_model():
@@ -172,10 +190,13 @@ def test_the_kept_tokens_are_those_of_transformers(settings):
 
 
 def test_ties_are_kept_as_transformers_keeps_them():
-    from transformers import TopKLogitsWarper
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
     logits = torch.tensor([[[2.0, 1.0, 1.0, 1.0, 0.0]]])
     for top_k in (1, 2, 3, 5, 9):
         assert torch.equal(kept_tokens(logits, top_k=top_k)[:, 0], TopKLogitsWarper(min(top_k, 5))(None, logits[:, 0]) > -math.inf), top_k
+    for logits in (logits, torch.zeros(1, 1, 4), torch.randn(50, 1, 20).bfloat16().float()):
+        for top_p in (0.01, 0.25, 0.5, 0.9):
+            assert torch.equal(kept_tokens(logits, top_p=top_p)[:, 0], TopPLogitsWarper(top_p)(None, logits[:, 0]) > -math.inf), top_p
 
 
 @both
@@ -291,6 +312,17 @@ def test_a_list_ends_at_the_tokenizers_eos_whatever_eos_is_given():
         assert any(len(response) < 40 for response in responses), "no response met an EOS, so nothing was tested"
 
 
+def test_the_eos_tokens_of_the_models_generation_config_end_a_response():
+    trainer = make()
+    words = [token for token in range(20) if token != trainer.tokenizer.eos_token_id]
+    trainer.model.pretrained_model.generation_config.eos_token_id = words
+    for query in (torch.tensor([5, 6, 7]), [torch.tensor([5, 6, 7])] * 20):
+        responses = trainer.generate(query, batch_size=20, return_prompt=False, max_new_tokens=40)
+        assert all(not set(response[:-1].tolist()) & set(words) for response in responses)
+    assert any(len(response) > 1 for response in trainer.generate([torch.tensor([5, 6, 7])] * 20, batch_size=20, return_prompt=False,
+                                                                  max_new_tokens=40, eos_token_id=(words[0],)))
+
+
 def test_remove_padding_and_generation_config():
     trainer = make()
     queries = [torch.tensor([5, 6, 7])] * 60
@@ -299,6 +331,8 @@ def test_remove_padding_and_generation_config():
     assert {len(response) for response in padded} == {12} and any(trainer.tokenizer.pad_token_id in response for response in padded)
     own = trainer.model.pretrained_model.generation_config
     own._from_model_config = True
+    own.output_attentions, own.output_hidden_states, own.return_dict_in_generate = False, False, False
+    own.early_stopping, own.length_penalty = True, 1.0
     assert trainer.generate(queries[:2], generation_config=own, max_new_tokens=3)
     with pytest.raises(ValueError, match="num_beams=4"):
         trainer.generate(queries, generation_config=GenerationConfig(num_beams=4))
@@ -357,8 +391,9 @@ def test_a_seeded_trainer_resumes_bit_for_bit(steps, tmp_path):
     run(one, steps)
     trl_names.set_seed(99)          # the user's generators have no part in it
     checkpoint.save(one, tmp_path / "state")
-    expected = run(one)
+    drawn, expected = (torch.rand(3).tolist(), np.random.rand(3).tolist()), run(one)
     checkpoint.load(twin, tmp_path / "state")
+    assert drawn == (torch.rand(3).tolist(), np.random.rand(3).tolist()), "the user's own draws do not go on"
     assert run(twin) == expected
 
 
@@ -390,16 +425,23 @@ def test_out_of_memory_is_not_called_a_wrong_keyword(monkeypatch):
 
 
 def test_an_unknown_keyword_is_named_and_the_third_argument_is_refused():
-    with pytest.raises(ValueError, match="a keyword too many, or a wrong one: .*'no_such_thing'; leave it out"):
+    with pytest.raises(ValueError, match="from_pretrained does not know the keyword 'no_such_thing'; leave it out"):
         AutoModelForCausalLMWithValueHead.from_pretrained(GOLDEN / "models" / "gpt2", no_such_thing=1)
-    with pytest.raises(ValueError, match="or a wrong one: .*device.*; leave it out"):
+    with pytest.raises(ValueError, match="device_map is {'': 0}, which this machine cannot do .*; leave device_map out"):
         AutoModelForCausalLMWithValueHead.from_pretrained(GOLDEN / "models" / "gpt2", device_map={"": 0})
+    with pytest.raises(ValueError, match="reward_adapter is given, but a model has one adapter here; load the reward model"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(GOLDEN / "models" / "gpt2", reward_adapter="x")
+    with pytest.raises(TypeError, match="NoneType"):
+        AutoModelForCausalLMWithValueHead.from_pretrained(None)
+    for method in (model().push_to_hub, make().push_to_hub):
+        with pytest.raises(ValueError, match="push_to_hub is not there; upload what save_pretrained wrote"):
+            method("me/mine")
     ids = torch.tensor([[5, 6, 7]])
     with pytest.raises(ValueError, match="attention_mask is the second one here"):
         model()(ids, None, torch.ones_like(ids))
-    with pytest.raises(ValueError, match="0 encoder-decoder models"):
+    with pytest.raises(ValueError, match="encoder-decoder models cannot be trained"):
         trl_names.AutoModelForSeq2SeqLMWithValueHead.from_pretrained("google/flan-t5-small")
-    with pytest.raises(ValueError, match="training_data_collator is a function, but 0 are used"):
+    with pytest.raises(ValueError, match="training_data_collator is given, but ppo_core.collate"):
         PPOTrainer(PPOConfig(batch_size=4), model(), None, tokenizer(), None, None, None, None, None, lambda rows: rows)
 
 
