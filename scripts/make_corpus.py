@@ -11,6 +11,7 @@ end. It then continues their first words. Sentences are left out that are no pla
 itself finds unlikely, that it wrote before, or that have WORDS words in a row from a human sentence. Nothing
 is learned or taken from the sentences that the models are tested on. Batch number n is drawn with seed n, so
 that the same batches come out in whatever pieces they are made.
+Tested by tests/test_fluency.py.
 """
 import argparse
 import json
