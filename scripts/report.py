@@ -105,8 +105,10 @@ def read_run(folder):
     summary = read("summary.json", load, "the run is not finished") or {}
     if not rows and not any("metrics.jsonl" in sentence for sentence in missing):
         missing.append("metrics.jsonl holds no step: there are no curves.")
+    path = folder / "newest.json"       # written at each step, and of use only while the run goes on
+    newest = Evaluation.read(path) if after is None and path.is_file() else None
     return {"name": folder.resolve().name, "config": config, "rows": rows, "before": before, "after": after,
-            "summary": summary, "missing": missing}
+            "newest": newest, "summary": summary, "missing": missing}
 
 
 def read_metrics(path):
@@ -178,17 +180,21 @@ def warnings_of(rows):
 
 def responses_of(run):
     """-> [{"title": ..., "pairs": [[before, after], ...]}, ...], and the scales of the two colours."""
-    before, after = run["before"], run["after"]
+    before, after, newest = run["before"], run["after"], run["newest"]
+    sections = []
+    if newest is not None:
+        pairs = [[response_of("now", newest, i)] for i in range(len(newest.prompts))]
+        sections.append({"title": "Of the newest step", "pairs": pairs})
     if before is None:
-        return [], {}
+        return sections, {}
     sides = [before] if after is None or len(after.prompts) != len(before.prompts) else [before, after]
 
     def pair(i):
         return [response_of(name, side, i) for name, side in zip(("before", "after"), sides)]
 
     indices = range(len(before.prompts))
-    sections = [{"title": "The same prompts before and after" if len(sides) == 2 else "Before the training",
-                 "pairs": [pair(i) for i in indices[:PROMPTS]]}]
+    sections += [{"title": "The same prompts before and after" if len(sides) == 2 else "Before the training",
+                  "pairs": [pair(i) for i in indices[:PROMPTS]]}]
     if len(sides) == 2:
         def gain(i):
             return after.scores[i] - before.scores[i]

@@ -30,6 +30,8 @@ from tqdm import tqdm
 import distributed
 from run_inputs import digest
 
+NEWEST = 8          # responses of a step that newest.json keeps
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -162,12 +164,16 @@ class RunFolder:
         self.say(f"before: {evaluation}")
         return evaluation
 
-    def record(self, step, stats, seconds):
-        """Add the statistics of a step to metrics.jsonl, and print the most important ones in one line."""
+    def record(self, step, stats, seconds, batch):
+        """Add the statistics of a step to metrics.jsonl, and print the most important ones in one line.
+
+        batch: the Evaluation of its responses, of which newest.json keeps some.
+        """
         # Tensors with a number per token are left out.
         numbers = {name: value.tolist() if torch.is_tensor(value) else value for name, value in stats.items()
                    if not torch.is_tensor(value) or "_dist" in name}
-        self.write_line(step, numbers)
+        columns = batch.prompts, batch.responses, [float(score) for score in batch.scores]
+        self.write_line(step, numbers, Evaluation(*(column[:NEWEST] for column in columns)))
         self.seconds, self.timed_steps = self.seconds + seconds, self.timed_steps + 1
         tokens_per_second = sum(stats["tokens/responses_dist"].tolist()) / seconds
         kl = round(stats["objective/kl"], 2) + 0.0              # + 0.0 turns -0.0 into 0
@@ -189,13 +195,15 @@ class RunFolder:
             self.progress.set_description_str(text, refresh=False)
             self.progress.update()
 
-    def write_line(self, step, numbers):
-        """Add one line to metrics.jsonl."""
+    def write_line(self, step, numbers, newest=None):
+        """Add one line to metrics.jsonl. newest: an Evaluation for newest.json."""
         line = json.dumps({"step": step, **numbers}) + "\n"
         with self.writes(self.metrics, len(line)):
             if self.main:
                 with open(self.metrics, "a", encoding="utf-8") as file:
                     file.write(line)
+                if newest is not None:
+                    replace_file(self.folder / "newest.json", json.dumps(dataclasses.asdict(newest)))
 
     def forget_after(self, steps):
         """Keep the first `steps` lines of metrics.jsonl: a resumed run does the later steps again."""

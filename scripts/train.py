@@ -16,6 +16,7 @@ mean score on held-out prompts, before and after. The run leaves in runs/<name>/
     metrics.jsonl   one line per step: every statistic but those per token; docs/metrics.md explains them
     before.json     the untrained policy's answers to the held-out prompts; after.json: the trained one's
     report.html     what PPO did, to look at: score against KL, and the texts, each token with its numbers
+    newest.json     some responses of the newest step, for report.html while the run goes on
     curves.png, samples.md      the same in short: score, KL, entropy, losses; 16 prompts before and after
     summary.json    the result as numbers: scores, KL, seconds, peak memory, bytes of optimizer state
     bad_batch.safetensors  a batch that led to NaN or infinity, if there was one: see --on_bad_batch
@@ -194,7 +195,7 @@ def one_step(trainer, reward, train_prompts, step, run):
             stats["time/rollout"], stats["time/score"] = rolled_out - started, scored - rolled_out
             stats["ppo/bad_batch"] = 0.0
             trainer.log_stats(stats, {"query": texts, "response": answers}, scores)
-            run.record(step, stats, time.perf_counter() - started)
+            run.record(step, stats, time.perf_counter() - started, Evaluation(texts, answers, scores))
 
 
 def find(name):

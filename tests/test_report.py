@@ -127,7 +127,7 @@ def test_gains_losses_and_kl_are_ranked():
     prompts, texts = ["p0", "p1", "p2"], ["a", "a", "a"]
     before = Evaluation(prompts, texts, [0.5, 0.5, 0.5], [tokens(-1.0)] * 3)
     after = Evaluation(prompts, texts, [0.6, 0.1, 0.9], [tokens(-0.5), tokens(-0.1), tokens(-0.9)])
-    sections, _ = report.responses_of({"before": before, "after": after})
+    sections, _ = report.responses_of({"before": before, "after": after, "newest": None})
     found = {section["title"]: [pair[0]["prompt"] for pair in section["pairs"]] for section in sections}
     assert found["The largest gains"] == ["p2", "p0"] and found["The largest losses"] == ["p1"]
     assert found["The highest KL to the reference"] == ["p1", "p0", "p2"]
@@ -162,11 +162,17 @@ def test_a_run_that_lost_a_file_has_a_page_that_says_so(copy, name, words, damag
     assert f"{name} is not there" in page or f"{name} is damaged" in page or f"{name} holds no step" in page
 
 
-def test_an_unfinished_run_says_how_far_it_is_and_a_half_written_line_is_left_out(copy):
+def test_an_unfinished_run_says_how_far_it_is_and_a_half_written_line_is_left_out(run, copy):
     for name in ("after.json", "summary.json"):
         (copy / name).unlink()
     (copy / "metrics.jsonl").write_text((copy / "metrics.jsonl").read_text() + '{"step": 3, "ppo')
-    assert "The run has done 2 of 2 steps, with a mean score of" in html_of(copy)
+    page, newest = html_of(copy), Evaluation.read(copy / "newest.json")
+    assert "The run has done 2 of 2 steps, with a mean score of" in page
+    assert "Of the newest step" in page and page.count("now ") >= 8 and len(newest.prompts) == 8
+    assert "Of the newest step" not in (run[0] / "report.html").read_text(encoding="utf-8")
+    for name in ("before", "newest"):       # and without either
+        (copy / f"{name}.json").unlink()
+        assert html_of(copy)
 
 
 def test_a_run_without_a_step_and_with_one_sample_has_a_page(copy):
