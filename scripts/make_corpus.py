@@ -23,9 +23,10 @@ import time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from make_assets import CACHE, HELD_OUT, SEED, fit, lm_loss, load_sentences, make_smollm2, pad_right
+from make_assets import (CACHE, CORPUS, HELD_OUT, SEED, fit, lm_loss, load_sentences, make_smollm2, pad_right,
+                         read_corpus)
 
-FOLDER, TEACHER = CACHE / "corpus", CACHE / "review-teacher"
+TEACHER = CACHE / "review-teacher"
 ROWS = 512              # sentences of a batch
 TOKENS = 40             # at most, of a sentence
 TEMPERATURE, TOP_K = 0.8, 100
@@ -127,12 +128,6 @@ class Writer:
                 if loss <= LIKELY and is_sentence(text) and runs_of_words(text).isdisjoint(self.human)]
 
 
-def read_corpus():
-    """-> list of different texts, in the order in which they were written."""
-    texts = [text for path in sorted(FOLDER.glob("*.json")) for text in json.loads(path.read_text("utf-8"))]
-    return list(dict.fromkeys(texts))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -140,10 +135,10 @@ def main():
     parser.add_argument("--batches", type=int, default=600, help="how many, of which some may be there")
     arguments = parser.parse_args()
     make_teacher()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    CORPUS.mkdir(parents=True, exist_ok=True)
     writer, started = Writer(), time.monotonic()
     for number in range(arguments.batches):
-        path, begun = FOLDER / f"{number:05d}.json", time.monotonic()
+        path, begun = CORPUS / f"{number:05d}.json", time.monotonic()
         if path.exists():
             continue
         if begun - started > 60 * arguments.minutes:
