@@ -26,11 +26,12 @@ import torch
 import ppo_core
 import rewards
 from run_folder import Evaluation, replace_file
+from run_health import NAN, is_number, is_numbers, lengths_of, warnings_of
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 PROMPTS = 16            # that are shown before and after
 EXTREMES = 5            # responses with the largest gain, the largest loss, the highest KL
-POINTS = 500            # at most, of a curve
+POINTS = 500            # steps that a curve shows, at most
 RELOAD = 5              # seconds between two versions of the page of a run that goes on
 COLUMNS = ("logprob", "ref_logprob", "value", "reward", "advantage")
 
@@ -63,11 +64,11 @@ def token_numbers(trainer, queries, responses, scores):
 
 
 def pieces(tokenizer, query, response):
-    """-> the text of each token of `response` (R,). A letter of several tokens is at the last of them."""
+    """-> the text of each token of `response` (R,). A letter that takes several tokens is in the last one."""
     found, before, pending = [], query.tolist()[-1:], []
     for token in response.tolist():
         pending.append(token)
-        # With the token before it, because alone it may lose its space.
+        # A token is decoded together with the one before it: alone, it may lose the space at its start.
         start = tokenizer.decode(before)
         text = tokenizer.decode(before + pending)[len(start):]
         if text.endswith("\N{REPLACEMENT CHARACTER}") and len(pending) < 8:
@@ -82,7 +83,8 @@ def pieces(tokenizer, query, response):
 
 
 def read_run(folder):
-    """-> dict: config, rows (of metrics.jsonl), before, after, summary; and "missing": sentences."""
+    """-> dict: name, config, rows and left_out (of metrics.jsonl), step, before, after, newest (Evaluation or
+    None), summary; and "missing": sentences about what could not be read."""
     folder, missing = Path(folder), []
 
     def read(name, how, why):
@@ -94,33 +96,40 @@ def read_run(folder):
             missing.append(f"{name} {'is damaged' if (folder / name).is_file() else 'is not there'}: {why}.")
         return found
 
-    def load(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
-
-    config = read("config.json", load, "the settings of the run are not known") or {}
-    rows = read("metrics.jsonl", read_metrics, "there are no curves") or []
+    config = read("config.json", read_dict, "the settings of the run are not known") or {}
+    lines = read("metrics.jsonl", read_metrics, "there are no curves") or []
+    rows = [line for line in lines if not line.get("ppo/bad_batch")]
     before = read("before.json", Evaluation.read, "there are no texts from before the training")
     after = read("after.json", Evaluation.read, "the held-out prompts are answered again after the last step")
-    summary = read("summary.json", load, "the run is not finished") or {}
+    summary = read("summary.json", read_dict, "it is written when a run is finished") or {}
     if not rows and not any("metrics.jsonl" in sentence for sentence in missing):
         missing.append("metrics.jsonl holds no step: there are no curves.")
+    if before is not None and after is not None and before.prompts != after.prompts:
+        missing.append("before.json and after.json hold other prompts: their texts cannot be compared.")
+        after = None
     path = folder / "newest.json"       # written at each step, and of use only while the run goes on
     newest = Evaluation.read(path) if after is None and path.is_file() else None
-    return {"name": folder.resolve().name, "config": config, "rows": rows, "before": before, "after": after,
-            "newest": newest, "summary": summary, "missing": missing}
+    return {"name": folder.resolve().name, "config": config, "rows": rows, "left_out": len(lines) - len(rows),
+            "step": lines[-1]["step"] if lines else 0, "before": before, "after": after, "newest": newest,
+            "summary": summary, "missing": missing}
+
+
+def read_dict(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else None
 
 
 def read_metrics(path):
-    """-> dicts of the steps whose batch was not left out. Of a line that is being written nothing is read."""
+    """-> a dict of numbers and lists of numbers for each step. A line that is cut, because it is just being
+    written, is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and "step" in row and not row.get("ppo/bad_batch"):
-            rows.append(row)
+        if isinstance(row, dict) and is_number(row.get("step")):
+            rows.append({name: value for name, value in row.items() if is_number(value) or is_numbers(value)})
     return rows
 
 
@@ -129,103 +138,77 @@ def read_metrics(path):
 
 def outcome(run):
     """-> one sentence."""
-    rows, before, after = run["rows"], run["before"], run["after"]
-    steps = run["config"].get("steps", "?")
-    if after is None or before is None:
-        newest = f", with a mean score of {rows[-1]['ppo/mean_raw_scores']:.3f}" if rows else ""
-        return f"The run has done {rows[-1]['step'] if rows else 0} of {steps} steps{newest}."
-    verb = "raised" if after.score >= before.score else "lowered"
-    kl = f", at a KL of {rows[-1]['objective/kl']:.1f} nats per response to the reference" if rows else ""
-    return (f"{steps} steps of PPO {verb} the mean score on {len(after.scores)} held-out prompts from "
-            f"{before.score:.3f} to {after.score:.3f}{kl}; distinct bigrams went from "
-            f"{before.distinct_bigrams:.2f} to {after.distinct_bigrams:.2f}.")
-
-
-def warnings_of(rows):
-    """-> sentences about statistics that left the healthy range of docs/metrics.md, each with an advice."""
-    def series(name):
-        return [row[name] for row in rows if isinstance(row.get(name), (int, float))]
-
-    def end(name):              # the mean of the last fifth of the steps
-        values = series(name)
-        return statistics.fmean(values[-max(1, len(values) // 5):]) if values else math.nan
-
-    found, entropy = [], series("ppo/policy/entropy")
-    if entropy and end("ppo/policy/entropy") < 0.3 * entropy[0]:
-        found.append(f"The entropy fell from {entropy[0]:.2f} to {end('ppo/policy/entropy'):.2f} nats per "
-                     "token: the policy says nearly the same each time. Raise init_kl_coef, or stop earlier.")
-    explained = end("ppo/val/var_explained")
-    if explained < 0:
-        found.append(f"The explained variance ended at {explained:.2f}, below 0: the values are worse than "
-                     "their mean. Raise vf_coef or value_learning_rate, or train for more steps.")
-    clipped = max(series("ppo/policy/clipfrac"), default=0.0)
-    if clipped > 0.5:
-        found.append(f"The clip fraction reached {clipped:.2f}, above 0.5: most tokens had moved as far as a "
-                     "step may. Lower learning_rate or ppo_epochs.")
-    lengths = rows[-1].get("tokens/responses_dist", []) if rows else []
-    if len(lengths) > 1 and len(set(lengths)) == 1:
-        found.append(f"All {len(lengths)} responses of the last step have {lengths[0]:.0f} tokens. If that "
-                     "is max_new_tokens, none ends by itself: raise it, or score unfinished texts lower.")
-    kl = end("objective/kl")
-    if kl < -1:
-        found.append(f"The KL ended at {kl:.1f}, and a KL is never below 0. Sample from the distribution "
-                     "that is trained: no top_k, top_p or other temperature.")
-    not_finite = [name for name in ("ppo/loss/total", "objective/kl")
-                  if not all(map(math.isfinite, series(name)))]
-    if not_finite:
-        found.append(f"{' and '.join(not_finite)} held NaN or infinity. Lower learning_rate, and see "
-                     "docs/reliability.md.")
-    return found
+    rows, before, after, summary = run["rows"], run["before"], run["after"], run["summary"]
+    if before is None or after is None:
+        scores = summary.get("score before"), summary.get("score after")
+        if all(map(is_number, scores)):
+            return f"The mean score on the held-out prompts went from {scores[0]:.3f} to {scores[1]:.3f}."
+        newest = f", with a mean score of {rows[-1].get('ppo/mean_raw_scores', NAN):.3f}" if rows else ""
+        return f"The run has done {run['step']} of {run['config'].get('steps', '?')} steps{newest}."
+    gains = [b - a for a, b in zip(before.scores, after.scores)]
+    # Twice the standard error of the mean gain: a smaller change may be chance.
+    noise = 2 * statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    gain = statistics.fmean(gains)
+    verb = "hardly changed" if abs(gain) <= noise else "raised" if gain > 0 else "lowered"
+    tokens = [columns for columns in map(columns_of, after.tokens or ()) if columns]
+    kl = f", at a KL of {statistics.fmean(map(log_ratio, tokens)):.1f} nats per response" if tokens else ""
+    return (f"{run['step']} steps of PPO {verb} the mean score on {len(gains)} held-out prompts: "
+            f"{before.score:.3f} before, {after.score:.3f} after{kl}; distinct bigrams "
+            f"{before.distinct_bigrams:.2f} before, {after.distinct_bigrams:.2f} after.")
 
 
 def responses_of(run):
     """-> [{"title": ..., "pairs": [[before, after], ...]}, ...], and the scales of the two colours."""
     before, after, newest = run["before"], run["after"], run["newest"]
+    sides = [("before", before), ("after", after)] if after is not None else [("before", before)]
+
+    def pairs_of(indices):
+        return [[response_of(name, side, i) for name, side in sides] for i in indices]
+
     sections = []
     if newest is not None:
-        pairs = [[response_of("now", newest, i)] for i in range(len(newest.prompts))]
-        sections.append({"title": "Of the newest step", "pairs": pairs})
-    if before is None:
-        return sections, {}
-    sides = [before] if after is None or len(after.prompts) != len(before.prompts) else [before, after]
-
-    def pair(i):
-        return [response_of(name, side, i) for name, side in zip(("before", "after"), sides)]
-
-    indices = range(len(before.prompts))
-    sections += [{"title": "The same prompts before and after" if len(sides) == 2 else "Before the training",
-                  "pairs": [pair(i) for i in indices[:PROMPTS]]}]
-    if len(sides) == 2:
-        def gain(i):
-            return after.scores[i] - before.scores[i]
-
-        ranked = sorted(indices, key=gain, reverse=True)
-        sections += [{"title": "The largest gains",
-                      "pairs": [pair(i) for i in ranked[:EXTREMES] if gain(i) > 0]},
-                     {"title": "The largest losses",
-                      "pairs": [pair(i) for i in ranked[::-1][:EXTREMES] if gain(i) < 0]}]
-        if after.tokens:
-            far = sorted(indices, key=lambda i: kl_of(after.tokens[i]), reverse=True)
-            sections.append({"title": "The highest KL to the reference",
-                             "pairs": [pair(i) for i in far[:EXTREMES]]})
-    tokens = [t for section in sections for two in section["pairs"] for one in two for t in one["tokens"]]
+        sections.append((f"Responses of step {run['step']}",
+                         [[response_of("now", newest, i)] for i in range(len(newest.prompts))]))
+    if before is not None:
+        sections.append(("The same prompts before and after" if after else "Before the training",
+                         pairs_of(range(len(before.prompts))[:PROMPTS])))
+    if before is not None and after is not None:
+        gains = {i: b - a for i, (a, b) in enumerate(zip(before.scores, after.scores))}
+        ranked = sorted(gains, key=gains.get, reverse=True)
+        sections += [("The largest gains", pairs_of([i for i in ranked[:EXTREMES] if gains[i] > 0])),
+                     ("The largest losses", pairs_of([i for i in ranked[::-1][:EXTREMES] if gains[i] < 0]))]
+        columns = list(map(columns_of, after.tokens or ()))
+        ratios = {i: log_ratio(found) for i, found in enumerate(columns) if found}
+        far = sorted(ratios, key=ratios.get, reverse=True)
+        sections.append(("The highest KL to the reference", pairs_of(far[:EXTREMES])))
+    tokens = [token for _, pairs in sections for pair in pairs for response in pair
+              for token in response["tokens"]]
     scales = {name: percentile([abs(token[name]) for token in tokens]) for name in ("advantage", "log_ratio")}
-    return [section for section in sections if section["pairs"]], scales
+    return [{"title": title, "pairs": pairs} for title, pairs in sections if pairs], scales
+
+
+def columns_of(found):
+    """-> what token_numbers made for a response, or {} if it is damaged or not there."""
+    whole = (isinstance(found, dict) and isinstance(found.get("text"), list)
+             and all(isinstance(text, str) for text in found["text"])
+             and all(is_numbers(found.get(name)) for name in COLUMNS)
+             and len({len(found[name]) for name in ("text", *COLUMNS)}) == 1)
+    return found if whole else {}
 
 
 def response_of(name, side, i):
     """-> what the page shows of response i of an Evaluation."""
-    columns = side.tokens[i] if side.tokens else {}
+    columns = columns_of(side.tokens[i]) if side.tokens else {}
     rows = zip(*(columns[key] for key in ("text", *COLUMNS))) if columns else ()
     tokens = [dict(zip(("text", *COLUMNS), row)) for row in rows]
     for token in tokens:
         token["log_ratio"] = token["logprob"] - token["ref_logprob"]
     return {"name": name, "prompt": side.prompts[i], "response": side.responses[i], "score": side.scores[i],
-            "tokens": tokens, "kl": kl_of(columns) if columns else None}
+            "tokens": tokens, "log_ratio": round(log_ratio(columns), 1) + 0.0 if columns else None}
 
 
-def kl_of(columns):
-    """Sum over the tokens of log pi - log pi_ref, in nats."""
+def log_ratio(columns):
+    """Sum over the tokens of log pi - log pi_ref, in nats: its mean over responses is the KL."""
     return sum(columns["logprob"]) - sum(columns["ref_logprob"])
 
 
@@ -242,11 +225,12 @@ def charts(rows):
     """-> [(title, sentence, svg)]: score against KL, and the curves over the steps."""
     if not rows:
         return []
-    rows = rows[::-(-len(rows) // POINTS)]
+    if len(rows) > POINTS:      # evenly spread, with the first and the last step
+        rows = [rows[round(i * (len(rows) - 1) / (POINTS - 1))] for i in range(POINTS)]
     steps = [row["step"] for row in rows]
 
     def column(name):
-        return [row.get(name, math.nan) for row in rows]
+        return [row.get(name, NAN) for row in rows]
 
     score, kl = column("ppo/mean_raw_scores"), column("objective/kl")
 
@@ -267,7 +251,7 @@ def charts(rows):
                 axis.legend(fontsize=8, frameon=False)
         return draw
 
-    lengths = [row.get("tokens/responses_dist") or [math.nan] for row in rows]
+    lengths = list(map(lengths_of, rows))
     losses = over_steps(policy=column("ppo/loss/policy"), value=column("ppo/loss/value"))
     spread = over_steps(longest=list(map(max, lengths)), mean=column("tokens/responses_len_mean"),
                         shortest=list(map(min, lengths)))
@@ -312,37 +296,50 @@ def page(run, reload=None):
                                      lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     sections, scales = responses_of(run)
-    return template.render(run=run, outcome=outcome(run), warnings=warnings_of(run["rows"]),
-                           charts=charts(run["rows"]), sections=sections, scales=scales, reload=reload)
+    colours = any(response["tokens"] for section in sections for pair in section["pairs"]
+                  for response in pair)
+    written = time.strftime("%H:%M:%S") if reload else None
+    return template.render(run=run, outcome=outcome(run), charts=charts(run["rows"]), sections=sections,
+                           warnings=warnings_of(run["rows"], run["config"], run["left_out"]), scales=scales,
+                           colours=colours, reload=reload, written=written, isfinite=math.isfinite)
 
 
 def write_report(folder, reload=None):
     """Write report.html into the folder of a run. -> a sentence: where it is, or why it was not written."""
     path = Path(folder) / "report.html"
     try:
-        replace_file(path, page(read_run(folder), reload))
+        # "replace": half a letter, which a policy may write, is no UTF-8
+        replace_file(path, page(read_run(folder), reload).encode("utf-8", "replace"))
     except OSError as error:        # the model is in final/ and the numbers are in summary.json
         return f"{path} was not written: {error.strerror}; make watch RUN={folder} writes it again"
     return f"what PPO did to its texts: {path}"
 
 
+def watch(folder):
+    """Write the page again and again, until the run is finished. -> the last sentence of write_report."""
+    while True:
+        finished = (folder / "summary.json").is_file()
+        sentence = write_report(folder, None if finished else RELOAD)
+        if finished:
+            return sentence
+        print(f"{time.strftime('%H:%M:%S')} {sentence}", flush=True)
+        time.sleep(RELOAD)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a run")
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a run: make watch RUN=runs/review-lm-1")
     parser.add_argument("--watch", action="store_true", help="write it again until the run is finished")
     arguments = parser.parse_args()
-    if not arguments.run.is_dir():
-        sys.exit(f"error: {arguments.run} is no folder; give the folder of a run, such as runs/review-lm-1")
-    goes_on = arguments.watch
-    while goes_on:
-        goes_on = not (arguments.run / "summary.json").is_file()
-        sentence = write_report(arguments.run, RELOAD if goes_on else None)
-        print(f"{time.strftime('%H:%M:%S')} {sentence}", flush=True)
-        if goes_on:
-            time.sleep(RELOAD)
-    if not arguments.watch:
-        print(write_report(arguments.run))
+    if arguments.run is None or not arguments.run.is_dir():
+        sys.exit(f"error: {arguments.run} is no folder; give that of a run: make watch RUN=runs/review-lm-1")
+    try:
+        sentence = watch(arguments.run) if arguments.watch else write_report(arguments.run)
+    except KeyboardInterrupt:
+        return
+    print(sentence)
+    sys.exit(1 if "was not written" in sentence else 0)
 
 
 if __name__ == "__main__":

@@ -187,13 +187,13 @@ class RunFolder:
         """In a terminal, rewrite one line in place; in a file, add one."""
         if self.progress is None:
             self.progress = tqdm(total=self.config.steps, initial=step - 1, disable=None, file=sys.stdout,
-                                 bar_format="step {n_fmt}/{total_fmt}  {desc}  {remaining} left")
+                                 bar_format="step {n_fmt}/{total_fmt}  {remaining} left  {desc}")
         if self.progress.disable:
             left = int(self.seconds / self.timed_steps * (self.config.steps - step))
             self.say(f"step {step:4d}/{self.config.steps}  {text}  {left // 60:3d}:{left % 60:02d} left")
         else:
             self.progress.set_description_str(text, refresh=False)
-            self.progress.update()
+            self.progress.update(step - self.progress.n)
 
     def write_line(self, step, numbers, newest=None):
         """Add one line to metrics.jsonl. newest: an Evaluation for newest.json."""
@@ -240,6 +240,8 @@ class RunFolder:
     def left_out(self, step, error, where):
         """Record that the batch of this step was left out. where: the result of keep_batch."""
         self.accelerator.log({"ppo/bad_batch": 1.0}, step=step)
+        if self.progress is not None:
+            self.progress.n = step
         self.say(f"step {step:4d}/{self.config.steps}  left out: {error} ({where})")
         self.write_line(step, {"ppo/bad_batch": 1.0})
 
@@ -280,7 +282,7 @@ class RunFolder:
 
 def replace_file(path, content):
     """Write text or bytes so that `path` holds the old content or the new one, and never half of it."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")      # `make watch` writes there, too
     try:
         with open(partial, "wb") as file:
             file.write(content if isinstance(content, bytes) else content.encode())
@@ -306,7 +308,8 @@ def first_free(prefix):
 def unused(folder):
     """True for a folder that does not exist, is empty, or is of a run that ended before its first step."""
     files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
-    nothing_else = set(files) <= {"config.json", "config.json.partial", "metrics.jsonl"}
+    nothing_else = all(name in ("metrics.jsonl", "report.html") or name.startswith("config.json")
+                       for name in files)
     return nothing_else and ("metrics.jsonl" not in files or files["metrics.jsonl"].stat().st_size == 0)
 
 

@@ -158,9 +158,9 @@ def main(arguments=None):
                 stop = save(trainer, run, step, signal_received())
             if stop:
                 return 128 + stop
-    after = evaluate(trainer, reward, eval_prompts)
     with phase("final/"):
         save_final(trainer, run.folder / "final")
+    after = evaluate(trainer, reward, eval_prompts)
     run.finish(before, after, optim.state_bytes(trainer.optimizer), write_report)
     distributed.end(accelerator)
 

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 
 import ppo_core
 import report
+import run_folder
 import train
 from run_folder import Evaluation
 from speed import FastPPOTrainer
@@ -103,8 +105,9 @@ def test_a_run_leaves_a_page_that_needs_no_network(run):
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert f"what PPO did to its texts: {folder}/report.html" in out
     before, after = (Evaluation.read(folder / f"{name}.json") for name in ("before", "after"))
-    assert f"on 20 held-out prompts from {before.score:.3f} to {after.score:.3f}" in page
-    assert page.count("<svg") == 8 and "http-equiv" not in page
+    kl = sum(sum(row["logprob"]) - sum(row["ref_logprob"]) for row in after.tokens) / 20
+    assert f"on 20 held-out prompts: {before.score:.3f} before, {after.score:.3f} after, at a KL of {kl:.1f} nats" in page
+    assert page.count("<svg") == 8 and "location.reload" not in page
     # the only addresses are the names of SVG's vocabularies
     links = set(re.findall(r"(?:src|href)=\"([^\"#]*)\"", page))
     assert all(link == "data:," for link in links), links
@@ -127,29 +130,40 @@ def test_gains_losses_and_kl_are_ranked():
     prompts, texts = ["p0", "p1", "p2"], ["a", "a", "a"]
     before = Evaluation(prompts, texts, [0.5, 0.5, 0.5], [tokens(-1.0)] * 3)
     after = Evaluation(prompts, texts, [0.6, 0.1, 0.9], [tokens(-0.5), tokens(-0.1), tokens(-0.9)])
-    sections, _ = report.responses_of({"before": before, "after": after, "newest": None})
+    sections, _ = report.responses_of({"before": before, "after": after, "newest": None, "step": 3})
     found = {section["title"]: [pair[0]["prompt"] for pair in section["pairs"]] for section in sections}
     assert found["The largest gains"] == ["p2", "p0"] and found["The largest losses"] == ["p1"]
     assert found["The highest KL to the reference"] == ["p1", "p0", "p2"]
 
 
 HEALTHY = {"ppo/policy/entropy": 3.0, "ppo/val/var_explained": 0.4, "ppo/policy/clipfrac": 0.2, "objective/kl": 5.0,
-           "ppo/loss/total": 0.1, "tokens/responses_dist": [5.0, 6.0]}
+           "ppo/loss/total": 0.1, "ppo/policy/approxkl": 0.02, "ppo/val/clipfrac": 0.1, "ppo/skipped_steps": 0.0,
+           "ppo/mean_raw_scores": 0.5, "tokens/responses_dist": [5.0, 6.0]}
+SETTINGS = {"target": 6.0, "max_new_tokens": 8}
 
 
 @pytest.mark.parametrize("change, words", [
     ({"ppo/policy/entropy": 0.5}, "entropy fell from 3.00 to 0.50"), ({"ppo/val/var_explained": -0.2}, "explained variance ended at -0.20"),
     ({"ppo/policy/clipfrac": 0.6}, "clip fraction reached 0.60"), ({"tokens/responses_dist": [8.0, 8.0]}, "All 2 responses of the last step have 8"),
-    ({"objective/kl": -2.0}, "KL ended at -2.0"), ({"ppo/loss/total": float("nan")}, "ppo/loss/total held NaN")])
+    ({"tokens/responses_dist": [8.0, 8.0, 5.0]}, "67% of the last responses have 8 tokens"), ({"objective/kl": -2.0}, "The KL was -2.0"),
+    ({"objective/kl": 12.0}, "KL ended at 12.0 nats, far above its target of 6.0"), ({"ppo/policy/approxkl": 0.2}, "by 0.20 (approxkl)"),
+    ({"ppo/val/clipfrac": 0.4}, "40% of the values"), ({"ppo/skipped_steps": 1.0}, "1 optimizer steps were skipped"),
+    ({"ppo/mean_raw_scores": 0.4}, "The score fell from 0.500 to 0.400"), ({"ppo/loss/total": float("nan")}, "ppo/loss/total held NaN")])
 def test_a_statistic_that_left_its_healthy_range_is_a_warning_with_an_advice(change, words):
-    assert report.warnings_of([HEALTHY] * 5) == []
-    found = report.warnings_of([HEALTHY] * 4 + [{**HEALTHY, **change}])
-    assert len(found) == 1 and words in found[0] and re.search(r"(Raise|Lower|raise|Sample) ", found[0])
+    assert report.warnings_of([HEALTHY] * 5, SETTINGS) == report.warnings_of([], {}) == []
+    found = report.warnings_of([HEALTHY] * 4 + [{**HEALTHY, **change}], SETTINGS)
+    assert len(found) == 1 and words in found[0] and re.search(r"(Raise|Lower|raise|lower|Sample) ", found[0])
+
+
+def test_one_nan_does_not_silence_the_other_warnings_and_batches_left_out_are_counted():
+    bad = {**HEALTHY, "ppo/val/var_explained": -3.0, "ppo/policy/clipfrac": 0.9}
+    found = report.warnings_of([bad] * 4 + [dict.fromkeys(HEALTHY, float("nan"))], SETTINGS, left_out=2)
+    assert [any(words in sentence for sentence in found) for words in ("-3.00", "0.90", "held NaN", "2 batches led to NaN")] == [True] * 4
 
 
 @pytest.mark.parametrize("name, words", [
     ("before.json", "before.json is not there"), ("after.json", "the held-out prompts are answered again after the last step"),
-    ("metrics.jsonl", "there are no curves"), ("summary.json", "the run is not finished"), ("config.json", "the settings of the run are not")])
+    ("metrics.jsonl", "there are no curves"), ("summary.json", "it is written when a run is finished"), ("config.json", "the settings of the run are not")])
 @pytest.mark.parametrize("damage", ["gone", "empty", "list"])
 def test_a_run_that_lost_a_file_has_a_page_that_says_so(copy, name, words, damage):
     if damage == "gone":
@@ -168,8 +182,8 @@ def test_an_unfinished_run_says_how_far_it_is_and_a_half_written_line_is_left_ou
     (copy / "metrics.jsonl").write_text((copy / "metrics.jsonl").read_text() + '{"step": 3, "ppo')
     page, newest = html_of(copy), Evaluation.read(copy / "newest.json")
     assert "The run has done 2 of 2 steps, with a mean score of" in page
-    assert "Of the newest step" in page and page.count("now ") >= 8 and len(newest.prompts) == 8
-    assert "Of the newest step" not in (run[0] / "report.html").read_text(encoding="utf-8")
+    assert "Responses of step 2" in page and page.count("now: score ") == 8 == len(newest.prompts)
+    assert "Responses of step" not in (run[0] / "report.html").read_text(encoding="utf-8")
     for name in ("before", "newest"):       # and without either
         (copy / f"{name}.json").unlink()
         assert html_of(copy)
@@ -180,7 +194,7 @@ def test_a_run_without_a_step_and_with_one_sample_has_a_page(copy):
     for name in ("before", "after"):
         (copy / f"{name}.json").write_text(json.dumps({"prompts": ["a"], "responses": [""], "scores": [0.5]}))
     page = html_of(copy)
-    assert "metrics.jsonl holds no step" in page and "raised the mean score on 1 held-out prompts from 0.500 to 0.500" in page
+    assert "metrics.jsonl holds no step" in page and "hardly changed the mean score on 1 held-out prompts: 0.500 before, 0.500 after" in page
 
 
 def test_runs_of_earlier_versions_without_numbers_of_tokens_show_their_texts(copy):
@@ -215,18 +229,67 @@ def test_watch_writes_the_page_until_the_run_is_finished(copy):
     watch = subprocess.Popen([sys.executable, ROOT / "scripts" / "report.py", copy, "--watch"], stdout=subprocess.PIPE, text=True)
     try:
         first = watch.stdout.readline()
-        assert "what PPO did to its texts" in first and 'http-equiv="refresh"' in (copy / "report.html").read_text(encoding="utf-8")
+        page = (copy / "report.html").read_text(encoding="utf-8")
+        assert "what PPO did to its texts" in first and "location.reload" in page and "when step 2 was the newest" in page
         summary.rename(copy / "summary.json")
         out, _ = watch.communicate(timeout=60)
     finally:
         watch.kill()
     assert watch.returncode == 0 and len(out.splitlines()) == 1
-    assert 'http-equiv="refresh"' not in (copy / "report.html").read_text(encoding="utf-8")
+    assert "location.reload" not in (copy / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_folder_that_is_not_there_is_refused():
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "report.py", "nowhere"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == "error: nowhere is no folder; give the folder of a run, such as runs/review-lm-1\n"
+def test_watch_ends_quietly_at_ctrl_c_and_a_page_that_is_not_written_is_exit_code_1(copy):
+    (copy / "summary.json").unlink()
+    watch = subprocess.Popen([sys.executable, ROOT / "scripts" / "report.py", copy, "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watch.stdout.readline()
+    watch.send_signal(signal.SIGINT)
+    assert watch.communicate(timeout=60) == ("", "") and watch.returncode == 0
+    (copy / "report.html").unlink()
+    (copy / "report.html").mkdir()
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "report.py", copy], capture_output=True, text=True)
+    assert done.returncode == 1 and "report.html was not written: Is a directory" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["--watch"]])
+def test_a_folder_that_is_not_there_is_refused(arguments):
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "report.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith(" is no folder; give that of a run: make watch RUN=runs/review-lm-1\n")
+
+
+def test_watching_a_run_that_failed_before_its_first_step_does_not_block_its_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "what PPO did" in report.write_report(tmp_path)
+    assert run_folder.unused(tmp_path)
+
+
+ODD_ROWS = [{"step": 1}, {"step": 2, "ppo/mean_raw_scores": "x", "objective/kl": None, "tokens/responses_dist": 5},
+            {"step": 3, "tokens/responses_dist": [None]}, {"step": "4"}, 5, {"step": 6, "objective/kl": float("nan"), "ppo/mean_raw_scores": float("inf")}]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("rows", [ODD_ROWS[:count] for count in range(1, 7)])
+def test_odd_metrics_give_a_page(copy, rows, finished):
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not finished:
+        (copy / "after.json").unlink()
+    assert "<h1>" in html_of(copy)
+
+
+@pytest.mark.parametrize("tokens", [None, 5, [None] * 20, [{}] * 20, [{"text": ["a"]}] * 20,
+                                    [{**{name: [float("nan")] for name in report.COLUMNS}, "text": ["\ud83d"]}] * 20])
+def test_odd_numbers_of_tokens_give_a_page(copy, tokens):
+    content = json.loads((copy / "after.json").read_text())
+    (copy / "after.json").write_text(json.dumps({**content, "tokens": tokens}))
+    page = html_of(copy)
+    assert "<h1>" in page and "nan)" not in page
+
+
+def test_a_run_with_more_steps_than_a_curve_shows_has_its_first_and_last_step(copy):
+    row = json.loads((copy / "metrics.jsonl").read_text().splitlines()[0])
+    pictures = report.charts([{**row, "step": step, "ppo/mean_raw_scores": step} for step in range(1, 1301)])
+    assert len(pictures) == 8 and all("<svg" in picture for _, _, picture in pictures)
+    assert len(pictures[0][2]) < 400_000
 
 
 # -------------------------------------------------------------------------------------------------- in a browser
@@ -282,9 +345,28 @@ def test_in_a_browser_the_colour_follows_the_choice(run, browser):
     from selenium.webdriver.common.by import By
     show(browser, run[0])
     token = browser.find_elements(By.CSS_SELECTOR, ".token")[0]         # before the training, so its log-ratio is 0
-    assert not token.value_of_css_property("background-color").endswith(" 0)")
-    browser.find_element(By.ID, "by-log-ratio").click()
     assert token.value_of_css_property("background-color").endswith(" 0)")
+    browser.find_element(By.ID, "by-advantage").click()
+    assert not token.value_of_css_property("background-color").endswith(" 0)")
+    browser.refresh()               # as make watch does
+    assert browser.find_element(By.ID, "by-advantage").is_selected()
+    browser.find_element(By.ID, "by-log-ratio").click()
+
+
+def test_in_a_browser_the_keyboard_reaches_every_token_and_the_tip_stays_in_the_window(run, browser):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    show(browser, run[0])
+    tip, text = browser.find_element(By.ID, "tip"), browser.find_elements(By.CSS_SELECTOR, ".text")[3]
+    browser.execute_script("arguments[0].scrollIntoView({block: 'end'}); arguments[0].focus({preventScroll: true})", text)
+    tokens = text.find_elements(By.CSS_SELECTOR, ".token")
+    for token in tokens[:3]:
+        text.send_keys(Keys.ARROW_RIGHT)
+        assert "shown" in token.get_attribute("class") and tip.is_displayed()
+        box = browser.execute_script("const box = arguments[0].getBoundingClientRect(); return [box.top, box.bottom, innerHeight]", tip)
+        assert 0 <= box[0] and box[1] <= box[2]
+    text.send_keys(Keys.ESCAPE)
+    assert not tip.is_displayed()
 
 
 def test_in_a_browser_html_in_a_text_is_shown_and_not_executed(copy, browser):
@@ -335,5 +417,5 @@ def test_in_a_terminal_one_line_is_rewritten_and_in_a_file_each_step_has_one(run
     assert done.wait(timeout=60) == 0
     lines = [line for line in printed.decode().replace("\r\n", "\n").split("\n") if re.search(r"step +\d/2", line)]
     assert len(lines) == 1 and lines[0].count("\r") >= 2
-    assert re.search(r"step 2/2  score +\d\.\d+  KL .* tokens/s  \d+:\d\d left", lines[0])
+    assert re.search(r"step 2/2  \d+:\d\d left  score +\d\.\d+  KL .* tokens/s", lines[0])
     assert len(re.findall(r"^step +\d/2  score .* left$", run[1], re.M)) == 2 and "\r" not in run[1]
