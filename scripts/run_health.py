@@ -21,7 +21,7 @@ RANGES = (
      "The clip fraction reached {:.2f}, above 0.5: most tokens had moved as far as a step may. Lower "
      "learning_rate or ppo_epochs."),
     ("ppo/policy/approxkl", "largest", 0, 0.1,
-     "One step moved the policy by {:.2f} (approxkl), above 0.1. Lower learning_rate or ppo_epochs."),
+     "One step moved the policy by {:.3f} (approxkl), above 0.1. Lower learning_rate or ppo_epochs."),
     ("ppo/val/clipfrac", "largest", 0, 0.3,
      "In one step {:.0%} of the values were clipped, more than 30 %. Raise cliprange_value, or lower "
      "value_learning_rate."),
@@ -50,8 +50,14 @@ def series(rows, name):
     return values or [NAN]
 
 
+def at_start(rows, name):
+    """-> the mean of a statistic over the first fifth of the steps."""
+    values = series(rows, name)
+    return statistics.fmean(values[:max(1, len(values) // 5)])
+
+
 def at_end(rows, name):
-    """-> the mean of a statistic over the last fifth of the steps."""
+    """-> the same over the last fifth."""
     values = series(rows, name)
     return statistics.fmean(values[-max(1, len(values) // 5):])
 
@@ -77,7 +83,7 @@ def warnings_of_learning(rows, config):
             ("ppo/policy/entropy", 0.3,
              "The entropy fell from {:.2f} to {:.2f} nats per token: the policy says nearly the same each "
              "time. Raise init_kl_coef, or stop earlier.")):
-        first, last = series(rows, name)[0], at_end(rows, name)
+        first, last = at_start(rows, name), at_end(rows, name)
         if last < first - (1 - share) * abs(first):
             found.append(sentence.format(first, last))
     if is_number(target) and kl > 1.5 * target:

@@ -146,7 +146,7 @@ SETTINGS = {"target": 6.0, "max_new_tokens": 8}
     ({"ppo/policy/entropy": 0.5}, "entropy fell from 3.00 to 0.50"), ({"ppo/val/var_explained": -0.2}, "explained variance ended at -0.20"),
     ({"ppo/policy/clipfrac": 0.6}, "clip fraction reached 0.60"), ({"tokens/responses_dist": [8.0, 8.0]}, "All 2 responses of the last step have 8"),
     ({"tokens/responses_dist": [8.0, 8.0, 5.0]}, "67% of the last responses have 8 tokens"), ({"objective/kl": -2.0}, "The KL was -2.0"),
-    ({"objective/kl": 12.0}, "KL ended at 12.0 nats, far above its target of 6.0"), ({"ppo/policy/approxkl": 0.2}, "by 0.20 (approxkl)"),
+    ({"objective/kl": 12.0}, "KL ended at 12.0 nats, far above its target of 6.0"), ({"ppo/policy/approxkl": 0.2}, "by 0.200 (approxkl)"),
     ({"ppo/val/clipfrac": 0.4}, "40% of the values"), ({"ppo/skipped_steps": 1.0}, "1 optimizer steps were skipped"),
     ({"ppo/mean_raw_scores": 0.4}, "The score fell from 0.500 to 0.400"), ({"ppo/loss/total": float("nan")}, "ppo/loss/total held NaN")])
 def test_a_statistic_that_left_its_healthy_range_is_a_warning_with_an_advice(change, words):
