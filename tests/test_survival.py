@@ -386,11 +386,11 @@ def test_a_disk_that_fills_up_is_one_sentence_and_costs_nothing(forge, undisturb
 
 @long
 @pytest.mark.parametrize("method, number", [("restore", 1), ("save", 1), ("save", 3), ("record", 1), ("save_final", 1),
-                                            ("save_pretrained", 7), ("write_report", 1)])
+                                            ("save_pretrained", 7), ("write_results", 1)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_is_full_at_any_other_write_too(forge, undisturbed, small_disk, tmp_path, ranks, method, number):
     said = check_full(forge, undisturbed(ranks), small_disk, tmp_path, end_state(undisturbed(ranks)), method, number, 0, ranks)
-    places = {"restore": ["metrics.jsonl"], "record": ["metrics.jsonl"], "write_report": ["curves.png"],
+    places = {"restore": ["metrics.jsonl"], "record": ["metrics.jsonl"], "write_results": ["curves.png"],
               "save": ["step-000007", "step-000009"]}
     assert Path(said.split(" was not")[0]).name in places.get(method, ["final"])
 
