@@ -3,7 +3,7 @@
     make fluency                                        # trains three seeds first, unless they are there
     python scripts/fluency.py runs/review-lm-1          # these runs of the default model instead
 
-The outside judge is SmolLM2-135M. A row of the table is made of 200 responses to the held-out prompts:
+The outside judge is SmolLM2-135M. A row of the table is made of the responses to the held-out prompts:
 bits per character    -log2 of the probability that SmolLM2 gives to the response after its prompt, divided by
                       the characters of the response. Human sentences show what is good; a lower number than
                       theirs means more usual words, which alone is no virtue.
@@ -100,7 +100,7 @@ def main():
     judge, known = Judge(CACHE / "smollm2-135m"), training_text()
     score = rewards.load_reward_model(str(ROOT / "assets" / "review-sentiment"), "cpu")
     before = Evaluation.read(runs[0] / "before.json")
-    print("| 200 responses of | bits per character | distinct bigrams | copied | score |")
+    print(f"| {len(before.prompts)} responses of | bits per character | distinct bigrams | copied | score |")
     print("|---" * 5 + "|")
     for name, responses in (("human sentences", human(before.prompts)),
                             ("SmolLM2", judge.answer(before.prompts))):
