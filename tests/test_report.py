@@ -241,7 +241,9 @@ def test_watch_writes_the_page_until_the_run_is_finished(copy):
 
 def test_watch_ends_quietly_at_ctrl_c_and_a_page_that_is_not_written_is_exit_code_1(copy):
     (copy / "summary.json").unlink()
-    watch = subprocess.Popen([sys.executable, ROOT / "scripts" / "report.py", copy, "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A program in the background, as these tests may be, hands on that SIGINT is ignored.
+    watch = subprocess.Popen([sys.executable, ROOT / "scripts" / "report.py", copy, "--watch"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     watch.stdout.readline()
     watch.send_signal(signal.SIGINT)
     assert watch.communicate(timeout=60) == ("", "") and watch.returncode == 0
