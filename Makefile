@@ -58,7 +58,7 @@ watch: $(STAMP)  ## RUN=runs/<name>: write its report.html again every few secon
 fluency: $(STAMP)  ## how English the default policy writes before and after PPO, by SmolLM2; trains three seeds
 	$(BIN)/python scripts/fluency.py $(ARGS)
 
-features: $(STAMP)  ## measure every feature on the default run; 6 minutes on 2 cores
+features: $(STAMP)  ## measure every feature on the default run; 6 to 12 minutes on 2 cores
 	$(BIN)/python scripts/bench.py features $(ARGS)
 
 sharing: $(STAMP)  ## measure what running the shared layers once per batch saves

@@ -1,6 +1,6 @@
 """Sentences of movie reviews, written by SmolLM2-135M for the small review writer to learn from.
 
-    python scripts/make_corpus.py --minutes 60      # goes on where it stopped; make_assets.py reads them
+    python scripts/make_corpus.py --minutes 60      # goes on where it stopped
 
 Why: the 9,405 human sentences are 300,000 tokens, too few to learn English from. A model of 135 M parameters
 that did learn English reads them once, and then writes as many more as are wanted; a model of a few million
@@ -11,6 +11,7 @@ end. It then continues their first words. Sentences are left out that are no pla
 itself finds unlikely, that it wrote before, or that have WORDS words in a row from a human sentence. Nothing
 is learned or taken from the sentences that the models are tested on. Batch number n is drawn with seed n, so
 that the same batches come out in whatever pieces they are made.
+So far only fluency.py reads the result; make_assets.py still trains the writer on the human sentences alone.
 Tested by tests/test_fluency.py.
 """
 import argparse

@@ -4,7 +4,7 @@
     python scripts/report.py runs/review-lm-1 --watch   # and every few seconds while it goes on: make watch
 
 Why: a score that rises does not say what the policy learned. A person sees it when the same prompts are
-answered before and after, each token in the colour of what it earned, beside the KL that the score has cost.
+answered before and after, each token coloured by how the training changed it, beside the KL that this cost.
 The page is made from the files that every run leaves: a run that stopped early, or that has lost a file, has
 a page too, which says what is missing. scripts/train.py calls `token_numbers` and `write_report`.
 Tested by tests/test_report.py.
