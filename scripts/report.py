@@ -256,7 +256,7 @@ def charts(rows):
     spread = over_steps(longest=list(map(max, lengths)), mean=column("tokens/responses_len_mean"),
                         shortest=list(map(min, lengths)))
     panels = [
-        ("Score against KL", "Each point is a step, light at first, dark at the end. The score is what the "
+        ("Score against KL", "The points are steps, light at first, dark at the end. The score is what the "
          "reward gives, the KL is what it costs.", trade_off),
         ("Score", "Mean of the batch; it should rise.", over_steps(score=score)),
         ("KL", "To the reference, nats per response.", over_steps(KL=kl)),

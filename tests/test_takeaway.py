@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-POWERS = ("speed", "checkpoint", "checks", "adapters")
+POWERS = ("speed", "checkpoint", "checks", "adapters", "scripts/report")
 SECTION = "Taking a power away"
 MOST_LINES = 10             # that a person changes to take one power away
 STEPS = 25
@@ -52,7 +52,7 @@ def diff_blocks(page):
                 level = len(heading[1])
             elif level is not None and len(heading[1]) <= level:
                 break
-            power = next((name for name in POWERS if f"{name}.py" in heading[2]), None)
+            power = next((name for name in POWERS if f"{Path(name).name}.py" in heading[2]), None)
         elif level is not None and line.strip() == "```diff":
             inside = []
     return blocks
@@ -140,14 +140,14 @@ def copy_project(folder):
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     (folder / "scripts").mkdir()
-    for path in (ROOT / "scripts").glob("*.py"):
+    for path in (ROOT / "scripts").glob("*.*"):
         shutil.copy(path, folder / "scripts")
     shutil.copytree(ROOT / "assets", folder / "assets")
 
 
 def importers(folder, power):
     """-> the files of the copy that still import the power or use its name; bench measures it and is no part of training."""
-    found = []
+    found, power = [], Path(power).name
     for path in [*folder.glob("*.py"), *folder.glob("scripts/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
