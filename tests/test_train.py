@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
+import rewards
 import run_folder
 import run_inputs
 import train
@@ -474,6 +475,13 @@ def test_the_judge_is_a_sentiment_pipeline_and_right_about_plain_cases():
     judge = pipeline("sentiment-analysis", model=str(ROOT / "assets" / "review-sentiment"), dtype=torch.float32)
     rows = judge(["A moving, beautiful and very funny film.", "A dull, tedious and pointless mess."])
     assert [row["label"] for row in rows] == ["POSITIVE", "NEGATIVE"] and all(row["score"] > 0.7 for row in rows)
+
+
+def test_the_judges_score_of_a_text_does_not_depend_on_the_texts_beside_it():
+    judge, text = rewards.load_reward_model(str(ROOT / "assets" / "review-sentiment")), "A film that is warm and"
+    alone, = judge([text], [" funny."])
+    beside = judge([text, text], [" funny.", " funny for an hour, and then goes on for another one without a single idea."])[0]
+    assert beside == pytest.approx(alone, abs=1e-6)
 
 
 def test_the_assets_are_small_half_precision_safetensors_with_a_card_each():
