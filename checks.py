@@ -289,6 +289,7 @@ def check_ratio(trainer, log_ratio, mask, first):
         return
     half = any(p.dtype != torch.float32 for p in trainer.model.parameters())
     half = half or trainer.accelerator.mixed_precision != "no"
+    half = half or torch.backends.cuda.matmul.fp32_precision == "tf32"      # a mantissa of 10 bits
     difference, tolerance = log_ratio.detach().abs(), 0.1 if half else 1e-3
     worst = float(difference.sum() / mask.sum().clamp(min=1) if half else difference.max())
     fine = worst <= tolerance or not math.isfinite(worst)       # check_update names what is not finite

@@ -87,6 +87,10 @@ def train_run(arguments):
     What goes wrong on the way is asked for in the environment: FAULT, FILL and SOAK, see below.
     """
     import train
+    if "DETERMINISTIC" in os.environ:
+        train.torch.use_deterministic_algorithms(True)
+    if "SHARE_GPU" in os.environ:
+        share_gpu(int(arguments[arguments.index("--collective_timeout") + 1]))
     original = train.PPOTrainer.step
 
     def step(trainer, queries, responses, scores):
@@ -104,6 +108,16 @@ def train_run(arguments):
         sys.exit(train.main(arguments))
     except ValueError as error:     # as its last lines do
         sys.exit(f"error: {error}")
+
+
+def share_gpu(timeout=600):
+    """Before the first Accelerator: this process takes a GPU that others take, too. NCCL refuses that; gloo goes through the CPU."""
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+    os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    PartialState(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
 def raise_out_of_memory():
