@@ -16,7 +16,7 @@ STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train train-smollm2 train-multi-gpu train-zero1 train-zero2 train-zero3 train-multi-node resume watch fluency features sharing stages \
-	bench levers profile test test-long assets clean
+	bench levers profile test test-long test-gpu assets clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## */\1|/' | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -77,10 +77,13 @@ profile: $(STAMP)  ## the five operations that take most of a step, now and by t
 	$(BIN)/python scripts/bench.py profile $(ARGS)
 
 test: $(STAMP)  ## every test but those of test-long
-	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 -m "not long" tests $(ARGS)
+	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 -m "not long and not gpu" tests $(ARGS)
 
 test-long: $(STAMP)  ## DeepSpeed, the README's launches, kills, full disks, a soak; compiles an operator the first time
 	$(BIN)/python -m pytest -q -rs -n 2 --dist loadfile --timeout 600 -m long tests $(ARGS)
+
+test-gpu: $(STAMP)  ## the tests that need a GPU, under 10 minutes; without one each is skipped and the reason printed
+	PLAINPPO_GPU_TESTS_ON=$${PLAINPPO_GPU_TESTS_ON:-cuda} $(BIN)/python -m pytest -q -rs -s --timeout 300 tests/test_gpu.py $(ARGS)
 
 assets: $(STAMP)  ## rebuild the committed models from the data; about an hour on 2 cores
 	$(BIN)/python scripts/make_assets.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Says in one sentence what is wrong: arguments, batches, numbers that are not finite, a process that hangs.
+"""Says in one sentence what is wrong: arguments, batches, NaN, a process that hangs, a GPU without memory.
 
 Why: NaN in one score becomes NaN in every weight with the next optimizer step, and hours later nobody can
 tell where it came from. A wrong batch on one process of several leaves the others waiting for ever. Each
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import threading
 import time
@@ -288,6 +289,7 @@ def check_ratio(trainer, log_ratio, mask, first):
         return
     half = any(p.dtype != torch.float32 for p in trainer.model.parameters())
     half = half or trainer.accelerator.mixed_precision != "no"
+    half = half or torch.backends.cuda.matmul.fp32_precision == "tf32"      # a mantissa of 10 bits
     difference, tolerance = log_ratio.detach().abs(), 0.1 if half else 1e-3
     worst = float(difference.sum() / mask.sum().clamp(min=1) if half else difference.max())
     fine = worst <= tolerance or not math.isfinite(worst)       # check_update names what is not finite
@@ -501,9 +503,16 @@ class phase:
             store.set(f"phase of rank {self.process.process_index}", json.dumps(self.told))
 
     def __exit__(self, kind, error, traceback):
-        ignored = error is None or isinstance(error, BadNumbers) or not isinstance(error, Exception)
-        if ignored or self.process.num_processes == 1:
+        if error is None or isinstance(error, BadNumbers) or not isinstance(error, Exception):
             return
+        shown = out_of_memory(self.name, error) or error
+        if self.process.num_processes > 1:
+            self.report(kind, shown)
+        if shown is not error:
+            raise shown from error
+
+    def report(self, kind, error):
+        """Say that this process fails, and if it has waited for others, where they are."""
         rank = self.process.process_index
         print(f"rank {rank} of {self.process.num_processes} fails in {self.name}: {kind.__name__}: {error}",
               file=sys.stderr, flush=True)
@@ -525,6 +534,41 @@ class phase:
                   f"{seconds:.0f} s and is {state}", file=sys.stderr, flush=True)
             if sibling is not None:     # it may not hear the launcher's SIGTERM, and SIGKILL comes 30 s later
                 sibling.kill()
+
+
+# Settings of scripts/train.py that take less memory, by a word in the name of the phase. What fills the
+# memory is the weights of two models, the responses sampled at once, or the activations of a mini-batch.
+SMALLER_MODELS = "more --num_shared_layers, or a stage of ZeRO on several GPUs"
+LESS_MEMORY = {
+    "set-up": f"a smaller model, --reference_bits 8, {SMALLER_MODELS}",
+    "resuming": f"--optimizer adam8bit, --reference_bits 8, {SMALLER_MODELS}",
+    "evaluation": f"fewer than 100 --eval_prompts, fewer --max_new_tokens, {SMALLER_MODELS}",
+    "rollout": f"a smaller --batch_size, fewer --max_new_tokens, {SMALLER_MODELS}",
+    "score": f"a smaller reward model, a smaller --batch_size, {SMALLER_MODELS}",
+    "": "a smaller --mini_batch_size with as many times more --gradient_accumulation_steps (the update is "
+        f"the same), --gradient_checkpointing True, {SMALLER_MODELS}"}
+
+
+def out_of_memory(where, error):
+    """-> a ValueError, if the memory of a GPU was too small: `error` or one of its causes says so. Or None.
+
+    where: the name of the phase.
+    """
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__         # of "the reward function raised ...", say
+    if error is None:
+        return None
+    text = " ".join(str(error).split())
+    size = r"([\d.]+ \w+)"              # such as 2.00 GiB
+    found = re.search(rf"allocate {size}\. (GPU \d+) has a total capacity of {size} of which {size} is free",
+                      text)
+    problem = text[:200]
+    if found:
+        problem = f"{found[2]} is out of memory: {found[1]} asked, {found[4]} of {found[3]} free"
+    remedy = next(settings for word, settings in LESS_MEMORY.items() if word in where)
+    kept = ("; the checkpoints are as they were, and it can begin with the newest one's model/"
+            if where.startswith("step") else "")
+    return ValueError(f"{where}: {problem}; a new run needs less with {remedy}{kept}")
 
 
 def told_by_others(rank, ranks, told, patience):

@@ -389,8 +389,8 @@ def first_not_finite(model):
             share = parameter.ds_tensor.detach()
             before = parameter.ds_zero_partition_rank * share.numel()
             parts[name] = share[:max(0, parameter.ds_numel - before)]
-    # Sums are the fastest test. A sum of finite weights may overflow, so it only says whether to look closer.
-    if torch.stack([part.sum().float() for part in parts.values()]).isfinite().all():
+    # A sum is the fastest test, but may overflow without cause. Offload leaves only some shares on the GPU.
+    if torch.stack([part.sum().float().cpu() for part in parts.values()]).isfinite().all():
         return None
     return next((name for name, part in parts.items() if not part.isfinite().all()), None)
 

@@ -331,6 +331,9 @@ def is_attention(value, hidden):
 
 def draw(probabilities):
     """One token of each row: (B, V) -> (B,). One random number is looked up in the row's running sums."""
+    if torch.are_deterministic_algorithms_enabled() and probabilities.device.type != "cpu":
+        # There torch refuses running sums of floats. This takes a random number for each entry of the row.
+        return torch.multinomial(probabilities, 1).squeeze(1)
     # In float64, so that a token of probability 1e-9 is drawn as often as it should be, and one of 0 never.
     steps = probabilities.double().cumsum(-1)                                                       # (B, V)
     point = torch.rand(len(steps), 1, dtype=torch.float64, device=steps.device) * steps[:, -1:]

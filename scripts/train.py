@@ -221,6 +221,8 @@ def load_models(config, accelerator):
         with distributed.whole_weights(model):
             return model, tokenizer, reference.create_reference_model(model, config.num_shared_layers)
     bits = {f"load_in_{config.reference_bits}bit": True}
+    if accelerator.device.type == "cpu":        # otherwise transformers would take a GPU, also with --cpu
+        bits["device_map"] = {"": "cpu"}
     with distributed.zero3_init_disabled(accelerator), loading(path):
         reference_model = AutoModelForCausalLMWithValueHead.from_pretrained(path, **bits)
     return model, tokenizer, reference_model
@@ -248,9 +250,9 @@ def load_reward(config, accelerator):
 def evaluate(trainer, reward, prompts):
     """-> Evaluation. It has its own random numbers, so that training is the same with and without it."""
     queries, texts = [prompt["tokens"] for prompt in prompts], [prompt["text"] for prompt in prompts]
-    devices = [trainer.accelerator.device] if trainer.accelerator.device.type == "cuda" else []
+    device = trainer.accelerator.device
     with phase("evaluation"):
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng([device] if device.type != "cpu" else [], device_type=device.type):
             torch.manual_seed(1234)
             responses = trainer.generate(queries, batch_size=100, return_prompt=False,
                                          max_new_tokens=trainer.config.max_new_tokens)

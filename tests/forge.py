@@ -87,6 +87,10 @@ def train_run(arguments):
     What goes wrong on the way is asked for in the environment: FAULT, FILL and SOAK, see below.
     """
     import train
+    if "DETERMINISTIC" in os.environ:
+        train.torch.use_deterministic_algorithms(True)
+    if "SHARE_GPU" in os.environ:
+        share_gpu(int(arguments[arguments.index("--collective_timeout") + 1]))
     original = train.PPOTrainer.step
 
     def step(trainer, queries, responses, scores):
@@ -106,6 +110,27 @@ def train_run(arguments):
         sys.exit(f"error: {error}")
 
 
+def share_gpu(timeout=600):
+    """Before the first Accelerator: this process takes a GPU that others take, too. NCCL refuses that; gloo goes through the CPU."""
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+    os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    PartialState(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+def raise_out_of_memory():
+    """torch's error, with the text that it has on a GPU; where there is one, by asking it for more than it has."""
+    import torch
+    if torch.cuda.is_available():
+        torch.empty(torch.cuda.get_device_properties(0).total_memory, dtype=torch.uint8, device="cuda")
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.44 MiB is free. Including "
+        "non-PyTorch memory, this process has 79.10 GiB memory in use. Of the allocated memory 78.02 GiB is allocated by PyTorch, and "
+        "312.45 MiB is reserved by PyTorch but unallocated.")
+
+
 def before_call(owner, name, do, number=1):
     """`do()` before the `number`-th call of owner.name."""
     original, calls = getattr(owner, name), []
@@ -119,7 +144,7 @@ def before_call(owner, name, do, number=1):
 
 
 def fault(train, kind, phase, rank):
-    """FAULT=kill|stop|raise|slow:rollout|reward|update:<rank>, in the second step."""
+    """FAULT=kill|stop|raise|slow|memory:rollout|reward|update:<rank>, in the second step."""
     if os.environ.get("RANK", "0") != rank:
         return
 
@@ -128,6 +153,8 @@ def fault(train, kind, phase, rank):
             os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
         elif kind == "raise":
             raise ArithmeticError("planted")
+        elif kind == "memory":
+            raise_out_of_memory()
         else:
             time.sleep(1000)
     # the evaluation before the first step writes and scores, too

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from checks import out_of_memory, phase
 from ppo_core import PPOTrainer
 from test_ppo_core import config, distance, make, ragged, review_lm, seeded, sgd, tiny, tokenizer, weights    # noqa: F401
 
@@ -83,3 +84,13 @@ def test_a_schedule_without_its_optimizer_is_refused():
 def test_a_quantized_policy_is_refused():
     with pytest.raises(ValueError, match="0 of its quantized weights can be trained"):
         PPOTrainer(config(), review_lm(8), None, tokenizer())
+
+
+def test_a_gpu_without_memory_is_named_also_where_torch_gives_no_numbers_and_by_whatever_hides_it():
+    error = torch.OutOfMemoryError("HIP error:\nout of memory")
+    with pytest.raises(ValueError, match=r"^set-up of the models: HIP error: out of memory; a new run needs less with a smaller model, "
+                                         r"--reference_bits 8, more --num_shared_layers, or a stage of ZeRO on several GPUs$") as caught:
+        with phase("set-up of the models"):
+            raise ValueError("'./model' cannot be loaded") from error       # as checks.loading says of any error
+    assert caught.value.__cause__.__cause__ is error
+    assert out_of_memory("evaluation", ValueError("something else")) is None

@@ -471,6 +471,42 @@ def test_under_a_launcher_a_rank_that_fails_leaves_no_process_behind(flags, tmp_
     print(f"{kind} in {phase}: ended {seconds:.1f} s after the step before, {timeout} s allowed to wait")
 
 
+# ------------------------------------------------------------------------------------------- a GPU without memory
+
+
+LESS = {"rollout": "a smaller --batch_size, fewer --max_new_tokens, more --num_shared_layers",
+        "reward": "a smaller reward model, a smaller --batch_size, more --num_shared_layers",
+        "update": r"a smaller --mini_batch_size with .* --gradient_accumulation_steps .*, --gradient_checkpointing True, more --num_shared_layers"}
+
+
+def check_out_of_memory(text, phase, size=r"[\d.]+ [KMGT]?i?[Bb]\w*"):
+    """One sentence with the phase, the bytes asked and free, three settings, and what is left. -> (asked, free)"""
+    found = re.search(rf"^error: step 2, {re.escape(PHASES[phase])}: GPU 0 is out of memory: ({size}) asked, ({size}) of {size} free; a new run "
+                      rf"needs less with {LESS[phase]}, or a stage of ZeRO on several GPUs; the checkpoints are as they were, and it can begin "
+                      r"with the newest one's model/$", text, re.M)
+    assert found and "Traceback" not in text, text[-3000:]
+    return found[1], found[2]
+
+
+@pytest.mark.parametrize("phase, ranks", [("rollout", 1), ("reward", 1), ("update", 1), ("update", 2)])
+def test_a_gpu_without_memory_is_one_sentence_and_costs_no_checkpoint(forge, flags, undisturbed, tmp_path, phase, ranks):
+    """The error is torch's own, raised where a GPU would raise it; test_gpu.py does the same on a GPU that is full."""
+    run = tmp_path / "run"
+    pids = forge.start([*flags, "--save_every", 1, "--keep_last", STEPS, "--collective_timeout", 4, "--output_dir", run], tmp_path / "out",
+                       ranks=ranks, FAULT=f"memory:{phase}:{ranks - 1}")
+    codes, text = forge.wait(pids, seconds=60), (tmp_path / "out").read_text()
+    assert None not in codes and 0 not in codes and codes[-1] == 1
+    if ranks == 1:
+        assert check_out_of_memory(text, phase) == ("2.00 GiB", "5.44 MiB")
+    else:       # the other is told by nobody, as there is no launcher, and says in which phase this one was
+        assert f"rank 1 of 2 fails in step 2, {PHASES[phase]}: OutOfMemoryError: step 2, {PHASES[phase]}: GPU 0 is out of memory: 2.00 GiB" in text
+    kept, = (run / "checkpoints").iterdir()
+    assert kept.name == "step-000001" and damage(kept) is None
+    if ranks == 1:
+        finish(forge, ["--resume", run], tmp_path / "again")
+        assert end_state(run) == end_state(undisturbed(1))
+
+
 # ------------------------------------------------------------------------------------------------------------- soak
 
 

@@ -2,6 +2,7 @@
 
     python worker.py OUT '[{"name": "sgd", "do": "train", ...}, ...]'       # writes OUT-<name>-<rank>.json and .safetensors
 Started alone, by torch.distributed.run or by accelerate launch. One start for many jobs: starting takes longer than the jobs.
+It stays on the CPU, but for tests/test_gpu.py, which says PLAINPPO_GPU_TESTS_ON=cuda.
 """
 import hashlib
 import itertools
@@ -26,10 +27,12 @@ import distributed
 import optim
 import rewards
 import speed
+from forge import share_gpu
 from ppo_core import BadNumbers, PPOConfig, PPOTrainer
 from test_ppo_core import GOLDEN, ragged, tiny, tokenizer
 from value_head import AutoModelForCausalLMWithValueHead
 
+ON_GPU = os.environ.get("PLAINPPO_GPU_TESTS_ON") == "cuda"
 TOTAL = 8
 LENGTHS, QUERIES = (1, 7, 3, 5, 0, 9, 2, 4), (2, 6, 3, 4, 5, 2, 3, 6)
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -38,11 +41,14 @@ RATES = {"sgd": 0.05, "adam": 1e-3, "lion": 1e-3, "adam8bit": 1e-3}
 
 def make(settings, optimizer="sgd", shared=None, dataset=None, reference=lambda accelerator: None):
     AcceleratorState._reset_state(reset_partial_state=True)     # each job is a run of its own
-    accelerator = distributed.start(cpu=True)
-    if distributed.zero_stage(accelerator) == 3:                # DeepSpeed keeps what is small whole: all of this model
-        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    distributed.seed_everything(0)
+    if "SHARE_GPU" in os.environ:
+        share_gpu()
+    accelerator = distributed.start(cpu=not ON_GPU)
     settings = dict(settings)
+    whole = settings.pop("whole", 0)                            # DeepSpeed keeps what is small whole: all of this model
+    if distributed.zero_stage(accelerator) == 3:
+        accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = whole
+    distributed.seed_everything(0)
     model = with_adapters() if settings.pop("lora", False) else tiny()
     optimizer = optim.make_optimizer(optimizer, optim.trainable_parameters(model), RATES[optimizer])
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
@@ -97,7 +103,7 @@ def weights_of(trainer):
     """-> all weights on the main process, {} elsewhere."""
     state = dict(distributed.full_state_dict(trainer.accelerator, trainer.model))
     state.pop("lm_head.weight", None)                           # tied to the embedding
-    return {k: v.detach().clone().contiguous() for k, v in state.items()}
+    return {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
 
 
 def train(settings, optimizer="sgd", steps=3, lengths=LENGTHS, write_first=False, shared=None, save=None):
@@ -114,7 +120,8 @@ def train(settings, optimizer="sgd", steps=3, lengths=LENGTHS, write_first=False
     if save:
         trainer.save_pretrained(save)
         with torch.no_grad():
-            logits, _, values = trainer.model(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+            ids = IDS.to(trainer.accelerator.device)
+            logits, _, values = trainer.model(input_ids=ids, attention_mask=torch.ones_like(ids))
         result.update(logits=logits.tolist(), values=values.tolist())
     return result, weights_of(trainer)
 
@@ -226,7 +233,7 @@ def everything(trainer):
     tensors = [*weights_of(trainer).values()]
     for state in getattr(trainer.optimizer, "optimizer", trainer.optimizer).state.values():
         tensors += [value for value in state.values() if torch.is_tensor(value)]
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+    return hashlib.sha256(b"".join(tensor.detach().cpu().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def bad_rank(trainer):
@@ -267,7 +274,7 @@ def spoil_forward(trainer, number, output, reference=False, update=None):
 
 def of_sample_1(trainer, rows):
     """(b,): True for the row that is sample 1 of this rank."""
-    tokens = torch.cat([part[1] for part in trainer.checked_batch[:2]])
+    tokens = torch.cat([part[1] for part in trainer.checked_batch[:2]]).to(rows["input_ids"].device)
     width = min(len(tokens), rows["input_ids"].shape[1])
     return (rows["input_ids"][:, :width] == tokens[:width]).all(1) & (rows["attention_mask"].sum(1) == len(tokens))
 
@@ -299,7 +306,7 @@ def spoil_loss(trainer, number):
 def spoil_gradients(trainer, number):
     def hook(gradient):
         if bad_rank(trainer) and "epoch 2" in trainer.where:
-            return gradient.index_fill(0, torch.tensor([3]), number)
+            return gradient.index_fill(0, torch.tensor([3], device=gradient.device), number)
     handle = distributed.unwrap(trainer.model).pretrained_model.transformer.h[0].mlp.c_fc.bias.register_hook(hook)
     return handle.remove
 
@@ -309,6 +316,14 @@ PLACES = {"weights": spoil_weights, "scores": spoil_scores, "rewards": spoil_rew
           "values": partial(spoil_forward, output=1), "first log-probs": partial(spoil_forward, output=0, update="epoch 1"),
           "new log-probs": partial(spoil_forward, output=0, update="epoch 2"),
           "new values": partial(spoil_forward, output=1, update="epoch 2")}
+
+
+def finite(settings):
+    """-> the first weight that is not finite: of whole weights, and after one has become NaN."""
+    trainer = make(settings)
+    found = [trainer.first_bad_weight()]
+    spoil_weights(trainer, float("nan"))
+    return {"found": [*found, trainer.first_bad_weight()]}, {}
 
 
 def reward_model(settings):
@@ -427,7 +442,7 @@ def memory():
 
 
 JOBS = {job.__name__: job for job in (train, skip, write, sampled_run, infinite_loss, bad_numbers, refuse, reward_model, conflict, memory,
-                                     eight_bits, disagree)}
+                                     eight_bits, disagree, finite)}
 
 
 def main(out, jobs):
