@@ -67,7 +67,7 @@ sharing: $(STAMP)  ## measure what running the shared layers once per batch save
 stages: $(STAMP)  ## measure 1 process, DDP and ZeRO-1, 2, 3 on 2 CPU processes
 	$(BIN)/python scripts/bench.py stages $(ARGS)
 
-bench: $(STAMP)  ## TRL 0.11.4 (goes into .peer), plain and fast trainer: time and memory
+bench: $(STAMP)  ## TRL 0.11.4 (goes into .peer), plain and fast trainer, on a GPU if there is one: time and memory
 	$(BIN)/python scripts/bench.py speed $(ARGS)
 
 levers: $(STAMP)  ## what each lever of speed.py saves: the fast trainer with this lever alone switched off

@@ -22,7 +22,10 @@ speed: all sides have the same random weights, prompts, lengths and settings, an
     are measured. Figures are medians over all iterations. A ratio is one of medians; beside it are the least
     and the greatest ratio of a round, because the speed of a machine drifts. The first call installs TRL into
     a virtual environment of its own, .peer; --no_peer leaves TRL out. Leaves results.md, results.json,
-    growth.md and growth.png in bench/.
+    growth.md and growth.png in bench/. Where there is a GPU, they run on it (--device cpu: not), with four
+    workloads more. Then it leaves gpu.md and gpu.json, with the share of the memory's rate that generate()
+    reaches, and below the table a profile of each workload that missed its aim; growth is left out. A machine
+    without a package index takes TRL from a folder of wheels: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER make bench
 speed --base: in place of TRL and the plain trainer, the fast trainer of another checkout of this project.
     Leaves base.md and base.json in bench/.
 levers: the fast trainer without one lever of speed.py, in turn with the whole one, on the workloads that have
@@ -30,13 +33,14 @@ levers: the fast trainer without one lever of speed.py, in turn with the whole o
 growth: W1's model, one epoch, one thread per process, median of 3 iterations. Two processes divide the batch,
     and the mini-batch of 8, between them. TRL runs on 1 process.
 profile: step() of one workload, by the fast trainer after tune_cpu(), and by the plain trainer without it.
-speed, levers, growth, profile and neighbour use the CPU only.
+levers, growth and neighbour use the CPU only; speed and profile use a GPU if there is one.
 """
 import argparse
 import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -210,13 +214,29 @@ def smollm2_shape(layers):
         eos_token_id=0))
 
 
+def llama_shape(layers):
+    """-> the same for a Llama with the sizes of Qwen2.5-1.5B (there: 28 layers)."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=layers,
+        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0,
+        eos_token_id=0))
+
+
 # ----------------------------------------------------------------------------------------- against TRL 0.11.4
 
+PRODUCT = {"cpu": 2048, "cuda": 8192}       # rows of the matrices whose product is measured
 # trl imports rich, but does not list it among its requirements.
 PEER = ["torch==2.13.0", "trl==0.11.4", "transformers==4.46.3", "accelerate==1.1.1", "rich"]
 # model: (layers, weights in the matrix products of a layer, weights of lm_head)
 SHAPES = {"gpt2": (6, 12 * 256 ** 2, 4096 * 256), "gpt2-eos": (6, 12 * 256 ** 2, 4096 * 256),
-          "smollm2": (30, 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536, 49152 * 576)}
+          "smollm2": (30, 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536, 49152 * 576),
+          "gpt2-124m": (12, 12 * 768 ** 2, 50257 * 768),
+          "llama-1.5b": (28, 2 * 1536 ** 2 + 2 * 1536 * 256 + 3 * 1536 * 8960, 151936 * 1536)}
+# model: numbers in the keys of one token in one layer; the values are as many
+KEYS = {"gpt2": 256, "gpt2-eos": 256, "smollm2": 192, "gpt2-124m": 768, "llama-1.5b": 256}
 SMALL = {"model": "gpt2", "batch_size": 64, "mini_batch_size": 16, "query": 8, "response": 24}
 LARGE = {"model": "smollm2", "batch_size": 8, "mini_batch_size": 4, "query": 8, "response": 16}
 # name: (what it is, its settings, how many times faster than TRL it is to be)
@@ -232,17 +252,51 @@ WORKLOADS = {
 # for levers alone: two of them save nothing where responses are short
 LONG = {"W7": ("W1's model; batch 16, response 512, 1 epoch",
                {**SMALL, "batch_size": 16, "response": 512, "epochs": 1}, None)}
-ALL_WORKLOADS = {**WORKLOADS, **LONG}
+MIDDLE = {"model": "gpt2-124m", "batch_size": 64, "mini_batch_size": 16, "query": 32, "response": 128,
+          "bf16": True}
+GREAT = {**MIDDLE, "model": "llama-1.5b", "batch_size": 32, "mini_batch_size": 4}
+# on a GPU alone. All sides are in bf16.
+ON_GPU = {
+    "G1": ("GPT-2 124M's shape in bf16; batch 64, response 128", MIDDLE, 2.0),
+    "G2": ("G1, 8 of 12 layers shared", {**MIDDLE, "shared": 8}, 3.0),
+    "G3": ("a Llama of 1.5 billion in bf16; batch 32, response 128", GREAT, 2.0),
+    "G4": ("G3, 22 of 28 layers shared", {**GREAT, "shared": 22}, 3.0),
+}
+ALL_WORKLOADS = {**WORKLOADS, **LONG, **ON_GPU}
 MEMORY_TARGET = 0.6         # of TRL's peak memory
+BANDWIDTH_TARGET = 0.5      # of the memory's rate, by generate() on a GPU, for G1
+
+
+def target(name, device):
+    """-> how many times faster than TRL the workload `name` is to be. On a GPU: 3 with shared layers, else 2.
+    """
+    _, settings, on_cpu = ALL_WORKLOADS[name]
+    return on_cpu if device == "cpu" else 3.0 if settings.get("shared") else 2.0
+
+
+def card():
+    """-> name, driver and memory of the GPU as nvidia-smi prints them; None where there is none to use."""
+    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    done = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total",
+                           "--format=csv,noheader"], capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return None
+    name, driver, memory = lines[0].split(", ")
+    return f"{name}, driver {driver}, {memory}"
 
 
 def worker(what, settings, python=sys.executable, launch=(), **environment):
     """Run the task `what` of scripts/bench_worker.py in a process of its own. -> its measurements.
 
     GOMP_SPINCOUNT: as in scripts/train.py, because of busy programs beside the bench. None = not set.
+    settings["device"]: "cuda" shows it the first GPU that the user can see; otherwise it sees none.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                   "CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "4000", **environment}
+                   "CUDA_VISIBLE_DEVICES": visible if settings.get("device") == "cuda" else "",
+                   "GOMP_SPINCOUNT": "4000", **environment}
     environment = {name: value for name, value in environment.items() if value is not None}
     script = [str(ROOT / "scripts" / "bench_worker.py"), what, json.dumps(settings)]
     done = subprocess.run([*(launch or [str(python)]), *script], env=environment, capture_output=True,
@@ -270,15 +324,15 @@ def sides(name, peer=True, base=None):
 
     base: the folder of another checkout; then its fast trainer is the only other side.
     """
-    settings = WORKLOADS[name][1]
+    settings = ALL_WORKLOADS[name][1]
     ours = {**settings, "library": "ours"}
     if base is not None:
         return {"fast": {**ours, "trainer": "fast"}, "base": {**ours, "trainer": "fast", "root": str(base)}}
     result = {"fast": {**ours, "trainer": "fast"}, "plain": {**ours, "trainer": "plain"}}
     if peer:
         # In W5, too, the target is against TRL in float32, its default.
-        result["TRL"] = {**settings, "library": "trl", "bf16": False}
-        if settings.get("bf16"):
+        result["TRL"] = {**settings, "library": "trl", "bf16": name in ON_GPU}
+        if settings.get("bf16") and name not in ON_GPU:
             result["TRL in bf16"] = {**settings, "library": "trl"}
     return result
 
@@ -309,23 +363,37 @@ def useful_flops(settings, sampled, trained):
     return generate + record + update
 
 
+def bytes_read(settings, sampled):
+    """-> bytes that generate() reads at least: each step all weights of matrix products, and the keys and
+    values so far of each row. In bf16 a number has 2 bytes, otherwise 4. sampled: tokens.
+    """
+    layers, block, head = SHAPES[settings["model"]]
+    size, mean = 2 if settings.get("bf16") else 4, sampled / settings["batch_size"]
+    weights = settings["response"] * (layers * block + head)
+    # A row's first token reads those of its prompt, the second one more, and so on.
+    cached = sampled * (settings["query"] + (mean - 1) / 2) * 2 * KEYS[settings["model"]] * layers
+    return size * (weights + cached)
+
+
 def take_turns(arguments, plan):
     """Run --rounds rounds of all sides of each workload. -> runs, rates.
 
     plan: function(workload) -> list of (side, settings, Python), in the order in which they run.
-    runs: one dict per process. rates: {precision: the best GFLOP/s of a matrix product in any round}.
+    runs: one dict per process. rates: {precision: the best GFLOP/s of a matrix product in any round}, and
+    "copy": the best GB/s that a copy in memory reads and writes.
     """
-    runs, rates = [], {"float32": 0.0, "bfloat16": 0.0}
+    runs, rates = [], {"float32": 0.0, "bfloat16": 0.0, "copy": 0.0}
+    device = getattr(arguments, "device", "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         models = sorted({ALL_WORKLOADS[name][1]["model"] for name in arguments.only})
         worker("models", {"folder": temporary, "names": models})
         for number in range(arguments.rounds):
-            for kind, best in worker("rate", {"size": 2048}).items():
+            for kind, best in worker("rate", {"size": PRODUCT[device], "device": device}).items():
                 rates[kind] = max(rates[kind], best)
             for name in arguments.only:
                 for side, settings, python in plan(name):
                     settings = {**settings, "model": str(Path(temporary) / settings["model"]),
-                                "iterations": arguments.iterations}
+                                "iterations": arguments.iterations, "device": device}
                     # Another checkout must only be read, so Python writes no bytecode into it.
                     measured = worker("run", settings, python, PYTHONDONTWRITEBYTECODE="1")
                     runs.append({"workload": name, "side": side, "round": number, **measured})
@@ -339,11 +407,14 @@ def iteration_seconds(row):
     return row["generate"] + row["step"]
 
 
-def about_this_run(runs, rates):
+def about_this_run(runs, rates, device="cpu"):
     """-> what is saved with a table: the machine, the versions, the date, the command."""
     versions = {run["side"]: run["versions"] for run in runs}
-    return {"machine": machine(), "threads": runs[0]["threads"], "versions": versions,
-            "matrix products, GFLOP/s": rates, "date": datetime.date.today().isoformat(),
+    products = {name: rate for name, rate in rates.items() if name != "copy"}
+    return {"machine": machine(), "device": device, "card": card() if device == "cuda" else None,
+            "threads": runs[0]["threads"], "versions": versions,
+            "matrix products, GFLOP/s": products, "copies, GB/s": rates["copy"],
+            "date": datetime.date.today().isoformat(),
             "command": " ".join(["python scripts/bench.py", *sys.argv[1:]])}
 
 
@@ -361,13 +432,32 @@ def speed(arguments):
         return [(side, settings, peer if side.startswith("TRL") else sys.executable)
                 for side, settings in sides(name, peer is not None, base).items()]
 
+    arguments.device = arguments.device or ("cuda" if card() else "cpu")
+    on_gpu = arguments.device == "cuda"
+    arguments.only = arguments.only or [*WORKLOADS, *(ON_GPU if on_gpu else [])]
     runs, rates = take_turns(arguments, plan)
+    about = about_this_run(runs, rates, arguments.device)
     if base is not None:
-        write_base(arguments.output_dir, about_this_run(runs, rates), runs)
+        write_base(arguments.output_dir, about, runs)
         return
-    write_results(arguments.output_dir, about_this_run(runs, rates), runs)
-    if not arguments.no_growth:
+    results = write_results(arguments.output_dir, about, runs, "gpu" if on_gpu else "results")
+    if on_gpu:
+        explain_missed(arguments.output_dir / "gpu.md", results)
+    elif not arguments.no_growth:
         growth(arguments)
+
+
+def explain_missed(path, results):
+    """Add to the file `path`, and print, a profile of each workload of `results` that missed an aim."""
+    for name, result in results.items():
+        missed = [what for what, reached in result["fast"].get("reached", {}).items() if not reached]
+        for part in dict.fromkeys("generate" if what == "generation" else "step" for what in missed):
+            aims = " and ".join(missed)
+            lines = ["", f"{name} missed its aim for {aims}. Where the time of {part}() goes:", "",
+                     *profile_lines(ALL_WORKLOADS[name][1], "cuda", part)]
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+            print("\n".join(lines), flush=True)
 
 
 def machine():
@@ -396,6 +486,9 @@ def medians(runs, settings, rates):
     result["tokens/s"] = result["trained"] / result["total"]
     result["GFLOP/s"] = useful_flops(settings, result["sampled"], result["trained"]) / result["total"] / 1e9
     result["share"] = result["GFLOP/s"] / rates["bfloat16" if settings.get("bf16") else "float32"]
+    if rates.get("copy"):
+        result["GB/s"] = bytes_read(settings, result["sampled"]) / result["generate"] / 1e9
+        result["bandwidth"] = result["GB/s"] / rates["copy"]
     result["rounds"] = [(statistics.median(map(iteration_seconds, run["rows"])), run["peak"]) for run in runs]
     return result
 
@@ -412,7 +505,7 @@ def against(result, peer):
             "memory": result["peak"] / peer["peak"], "memory of the rounds": [min(memory), max(memory)]}
 
 
-def figures(name, runs, rates, base=None):
+def figures(name, runs, rates, base=None, device="cpu"):
     """The runs of the workload `name` -> {side: figures}.
 
     For the fast and the plain trainer, "against" holds a comparison with each side that is neither of them.
@@ -427,8 +520,10 @@ def figures(name, runs, rates, base=None):
         result[side]["against"] = {other: against(result[side], result[other]) for other in others}
     if "TRL" in result:
         compared = result["fast"]["against"]["TRL"]
-        result["fast"]["reached"] = {"time": compared["times faster"] >= WORKLOADS[name][2],
+        result["fast"]["reached"] = {"time": compared["times faster"] >= target(name, device),
                                      "memory": compared["memory"] <= MEMORY_TARGET}
+        if name == "G1":
+            result["fast"]["reached"]["generation"] = result["fast"]["bandwidth"] >= BANDWIDTH_TARGET
     return result
 
 
@@ -439,7 +534,7 @@ def ratio_cells(compared):
             f"{compared['memory']:.2f} ({memory_spread[0]:.2f} to {memory_spread[1]:.2f})"]
 
 
-def comparison_table(results):
+def comparison_table(results, device="cpu"):
     """-> lines: a row for each workload, with time and memory of TRL, the plain and the fast trainer."""
     lines = ["| workload | TRL 0.11.4: s, MB | plain: s, MB | "
              "plain is faster than TRL by, share of its memory | fast: s, MB "
@@ -452,25 +547,29 @@ def comparison_table(results):
                     if side in result}
         plain, reached = compared.get("plain"), result["fast"].get("reached")
         lines.append("| " + " | ".join([
-            f"{name}: {WORKLOADS[name][0]}", cells.get("TRL", ""), cells.get("plain", ""),
+            f"{name}: {ALL_WORKLOADS[name][0]}", cells.get("TRL", ""), cells.get("plain", ""),
             f"{plain['times faster']:.2f} x, {plain['memory']:.2f}" if plain else "", cells["fast"],
             *(ratio_cells(compared["fast"]) if compared["fast"] else ["", ""]),
-            f"{WORKLOADS[name][2]:g} x, {MEMORY_TARGET:g}" if reached else "",
-            ", ".join(f"{what} {'yes' if reached[what] else 'no'}" for what in ("time", "memory")) if reached
-            else ""]) + " |")
+            f"{target(name, device):g} x, {MEMORY_TARGET:g}" if reached else "",
+            ", ".join(f"{what} {'yes' if yes else 'no'}" for what, yes in (reached or {}).items())]) + " |")
     return lines
 
 
 def detail_table(results):
     """-> lines: a row for each workload and side."""
+    rated = any("bandwidth" in figure for result in results.values() for figure in result.values())
     lines = ["| workload | side | generate, s | step, s | total, s | tokens/s | "
-             "peak memory (after imports), MB | GFLOP/s, useful (share of the machine's) |", "|" + "---|" * 8]
+             "peak memory (after imports), MB | GFLOP/s, useful (share of the machine's) |"
+             + " GB/s that generate() reads at least (share of a copy's) |" * rated,
+             "|" + "---|" * (8 + rated)]
     for name, result in results.items():
         for side, figure in result.items():
             seconds = [f"{figure[part]:.2f}" for part in ("generate", "step", "total")]
             memory = f"{figure['peak'] / 1e6:.0f} ({figure['imported'] / 1e6:.0f})"
             rate = f"{figure['GFLOP/s']:.0f} ({figure['share']:.0%})"
             cells = [name, side, *seconds, f"{figure['tokens/s']:.0f}", memory, rate]
+            if rated:
+                cells.append(f"{figure['GB/s']:.0f} ({figure['bandwidth']:.0%})")
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -479,8 +578,13 @@ def about_lines(about):
     rates = about["matrix products, GFLOP/s"]
     versions = "; ".join(f"{side}: " + ", ".join(map(" ".join, packages.items()))
                          for side, packages in about["versions"].items())
-    return ["", f"Machine: {about['machine']}, {about['threads']} threads; matrix products of 2,048 x 2,048: "
-            f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bf16.", "",
+    size = f"{PRODUCT[about.get('device', 'cpu')]:,}"
+    copies = about.get("copies, GB/s")
+    return ["", f"Machine: {about['machine']}, {about['threads']} threads; "
+            + (f"card: {about['card']}; " if about.get("card") else "")
+            + f"matrix products of {size} x {size}: "
+            f"{rates['float32']:.0f} GFLOP/s in float32, {rates['bfloat16']:.0f} in bf16"
+            + (f"; a copy reads and writes {copies:.0f} GB/s" if copies else "") + ".", "",
             f"Versions: {versions}.", "",
             f"{about['date']}, `{about['command']}`"]
 
@@ -493,18 +597,20 @@ def write_table(folder, name, lines, data):
     print("\n".join(lines), flush=True)
 
 
-def write_results(folder, about, runs):
-    """results.json has all figures; results.md, which is also printed, the two tables."""
-    rates = about["matrix products, GFLOP/s"]
-    measured = [name for name in WORKLOADS if any(run["workload"] == name for run in runs)]
-    results = {name: figures(name, runs, rates) for name in measured}
-    lines = [*comparison_table(results), "", *detail_table(results), *about_lines(about)]
-    write_table(folder, "results", lines, {**about, "results": results, "runs": runs})
+def write_results(folder, about, runs, file="results"):
+    """results.json has all figures; results.md, which is also printed, the two tables. -> the figures."""
+    rates = {**about["matrix products, GFLOP/s"], "copy": about.get("copies, GB/s")}
+    device = about.get("device", "cpu")
+    measured = [name for name in ALL_WORKLOADS if any(run["workload"] == name for run in runs)]
+    results = {name: figures(name, runs, rates, device=device) for name in measured}
+    lines = [*comparison_table(results, device), "", *detail_table(results), *about_lines(about)]
+    write_table(folder, file, lines, {**about, "results": results, "runs": runs})
+    return results
 
 
 def write_base(folder, about, runs):
     """The fast trainer against another checkout -> base.md and base.json."""
-    measured = [name for name in WORKLOADS if any(run["workload"] == name for run in runs)]
+    measured = [name for name in ALL_WORKLOADS if any(run["workload"] == name for run in runs)]
     results = {name: figures(name, runs, about["matrix products, GFLOP/s"], base="") for name in measured}
     lines = ["| workload | base: s, MB | fast: s, MB | faster than base by (rounds) | "
              "share of its memory (rounds) |", "|" + "---|" * 5]
@@ -512,7 +618,7 @@ def write_base(folder, about, runs):
         cells = [f"{figure['total']:.2f}, {figure['peak'] / 1e6:.0f}"
                  for figure in (result["base"], result["fast"])]
         ratios = ratio_cells(result["fast"]["against"]["base"])
-        lines.append("| " + " | ".join([f"{name}: {WORKLOADS[name][0]}", *cells, *ratios]) + " |")
+        lines.append("| " + " | ".join([f"{name}: {ALL_WORKLOADS[name][0]}", *cells, *ratios]) + " |")
     write_table(folder, "base", [*lines, *about_lines(about)], {**about, "results": results, "runs": runs})
 
 
@@ -654,19 +760,26 @@ def plot_growth(curves, path):
 
 def profile(arguments):
     """The five operations that take most of a workload's step(), by the fast trainer and by the plain one."""
+    settings = dict(ALL_WORKLOADS[arguments.workload][1])
+    settings["batch_size"] = arguments.batch_size or settings["batch_size"]
+    print("\n".join(profile_lines(settings, arguments.device or ("cuda" if card() else "cpu"), "step")))
+
+
+def profile_lines(settings, device, part):
+    """-> lines of Markdown: what takes most of the time of `part`, "step" or "generate", on a workload."""
     with tempfile.TemporaryDirectory() as temporary:
-        settings = {**WORKLOADS[arguments.workload][1], "library": "ours", "items": 5}
-        settings["batch_size"] = arguments.batch_size or settings["batch_size"]
+        settings = {**settings, "library": "ours", "items": 5, "device": device, "part": part}
         worker("models", {"folder": temporary, "names": [settings["model"]]})
         settings["model"] = str(Path(temporary) / settings["model"])
         now, plain = [worker("profile", {**settings, "trainer": trainer}) for trainer in ("fast", "plain")]
-    print(f"Seconds of a step under the profiler: {now['seconds']:.2f} now, "
-          f"{plain['seconds']:.2f} by the plain path.\n")
-    print("| | now | s itself (share) | plain path | s itself (share) |\n|---|---|---|---|---|")
+    lines = [f"Seconds of a {part} under the profiler: {now['seconds']:.2f} now, "
+             f"{plain['seconds']:.2f} by the plain path.", "",
+             "| | now | s itself (share) | plain path | s itself (share) |", "|---|---|---|---|---|"]
     for number, pair in enumerate(zip(now["items"], plain["items"]), 1):
         cells = [f"`{name}`, {count} times | {seconds:.2f} ({share:.0%})"
                  for name, seconds, share, count in pair]
-        print(f"| {number} | " + " | ".join(cells) + " |")
+        lines.append(f"| {number} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def neighbour(arguments):
@@ -690,9 +803,9 @@ def neighbour(arguments):
             print(f"| {title} | {seconds:.2f} |", flush=True)
 
 
-def add_rounds(table, rounds, workloads):
+def add_rounds(table, rounds, workloads, default):
     """Options of the tables whose sides take turns."""
-    table.add_argument("--only", nargs="+", choices=workloads, default=workloads,
+    table.add_argument("--only", nargs="+", choices=workloads, default=default,
                        help="workloads; default: all")
     table.add_argument("--rounds", type=int, default=rounds, help="processes of each side on each workload")
     table.add_argument("--iterations", type=int, default=3, help="measured iterations of each process")
@@ -715,12 +828,12 @@ def make_parser():
     ways.add_argument("--steps", type=int, default=5, help="PPO steps of each way")
     ways.add_argument("--only", nargs="+", help="models; default: all")
     fast = tables.add_parser("speed")
-    add_rounds(fast, rounds=3, workloads=list(WORKLOADS))
+    add_rounds(fast, 3, [*WORKLOADS, *ON_GPU], default=None)        # None: all that this machine can run
     fast.add_argument("--no_growth", action="store_true", help="stop after the table")
     fast.add_argument("--base", type=Path,
                       help="folder of another checkout, whose trainer the fast one runs against")
     switched = tables.add_parser("levers")
-    add_rounds(switched, rounds=2, workloads=list(ALL_WORKLOADS))
+    add_rounds(switched, 2, [*WORKLOADS, *LONG], default=[*WORKLOADS, *LONG])
     switched.add_argument("--levers", nargs="+", choices=list(MEASURED_ON), default=list(MEASURED_ON),
                           help="default: all")
     grown = tables.add_parser("growth")
@@ -736,7 +849,9 @@ def make_parser():
     beside = tables.add_parser("neighbour")
     beside.add_argument("--iterations", type=int, default=3, help="measured rollouts of each row")
     step = tables.add_parser("profile")
-    step.add_argument("--workload", choices=list(WORKLOADS), default="W1", help="whose step()")
+    step.add_argument("--workload", choices=[*WORKLOADS, *ON_GPU], default="W1", help="whose step()")
+    for table in (fast, step):
+        table.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     step.add_argument("--batch_size", type=int, help="responses of the step; default: the workload's")
     return parser
 

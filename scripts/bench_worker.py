@@ -24,11 +24,25 @@ ROOT = Path(__file__).resolve().parent.parent
 END_1_IN_20 = math.log(4095 / 19) + 0.05
 
 
+def on_gpu():
+    """bench.py shows a GPU to a process that is to use one, and hides all of them from the others."""
+    return torch.cuda.is_available()
+
+
+def now():
+    """-> seconds. A GPU works behind the program: only when it has finished is the time that of its work."""
+    if on_gpu():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def peak():
-    """Highest resident memory of this process so far, in bytes.
+    """Highest memory so far, in bytes: of the tensors on a GPU, or resident memory of this process.
 
     A new process starts with the number of the process that started it, so bench.py imports no torch.
     """
+    if on_gpu():
+        return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -37,12 +51,19 @@ def models(settings):
     """Save the models named in settings["names"], with random weights, below settings["folder"]. -> these
     names.
     """
-    from bench import smollm2_shape
+    from bench import llama_shape, smollm2_shape
+    makers = {"gpt2": lambda: gpt2(-20.0), "gpt2-eos": lambda: gpt2(END_1_IN_20),
+              "smollm2": lambda: smollm2_shape(layers=30), "gpt2-124m": gpt2_124m,
+              "llama-1.5b": lambda: llama_shape(layers=28).bfloat16()}    # a smaller file; loads as float32
     for name in settings["names"]:
-        eos_logit = END_1_IN_20 if name == "gpt2-eos" else -20.0
-        model = smollm2_shape(layers=30) if name == "smollm2" else gpt2(eos_logit)
-        model.save_pretrained(Path(settings["folder"]) / name)
+        makers[name]().save_pretrained(Path(settings["folder"]) / name)
     return settings["names"]
+
+
+def gpt2_124m():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0))
 
 
 def gpt2(eos_logit):
@@ -141,15 +162,17 @@ def run(settings):
     vocabulary = accelerator.unwrap_model(trainer.model).pretrained_model.config.vocab_size
     for queries, ragged, scores in batches(settings, vocabulary, settings["iterations"] + 1,
                                            accelerator.process_index):
-        began = time.perf_counter()
+        began = now()
         sampled = trainer.generate(queries, **sampling)
-        generated = time.perf_counter()
+        generated = now()
         responses = ragged if settings.get("ragged") else sampled
         trainer.step(queries, responses, scores)
-        rows.append({"generate": generated - began, "step": time.perf_counter() - generated,
+        rows.append({"generate": generated - began, "step": now() - generated,
                      "sampled": sum(map(len, sampled)), "trained": sum(map(len, responses))})
     result = {"rows": rows[1:], "imported": imported, "peak": peak(), "threads": torch.get_num_threads(),
               "versions": versions()}
+    if on_gpu():
+        result["reserved"] = torch.cuda.max_memory_reserved()       # with the gaps that the allocator keeps
     if accelerator.num_processes > 1:
         import distributed
         result["peak"] = max(distributed.gather_lists(accelerator, [result["peak"]]))
@@ -164,42 +187,64 @@ def versions():
 
 
 def profile(settings):
-    """torch's profiler over one step() after a warm-up. -> its seconds, its operations that took most."""
+    """torch's profiler over one step() after a warm-up, or over generate(), as settings["part"] says. -> its
+    seconds, its operations that took most: of the processor's time, or on a GPU of the GPU's.
+    """
     from torch.profiler import ProfilerActivity
+    timed = "self_device_time_total" if on_gpu() else "self_cpu_time_total"
+    part = settings.get("part", "step")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu() else [])]
     trainer, sampling, _ = make_trainer(settings)
     sampling.update(return_prompt=False, max_new_tokens=settings["response"],
                     batch_size=settings["batch_size"])
     for number, (queries, ragged, scores) in enumerate(batches(settings, 4096, 2)):
-        responses = ragged if settings.get("ragged") else trainer.generate(queries, **sampling)
-        watch = torch.profiler.profile(activities=[ProfilerActivity.CPU]) if number else nullcontext()
-        with watch as profiler:
-            began = time.perf_counter()
-            trainer.step(queries, responses, scores)
-            seconds = time.perf_counter() - began
-    items = sorted(profiler.key_averages(), key=lambda item: -item.self_cpu_time_total)
-    total = sum(item.self_cpu_time_total for item in items)
+        watched = {name: torch.profiler.profile(activities=activities) if number and name == part
+                   else nullcontext() for name in ("generate", "step")}
+        began = now()
+        with watched["generate"] as generating:
+            sampled = trainer.generate(queries, **sampling)
+            generated = now()
+        with watched["step"] as stepping:
+            trainer.step(queries, ragged if settings.get("ragged") else sampled, scores)
+            stepped = now()
+    seconds = {"generate": generated - began, "step": stepped - generated}[part]
+    # On a GPU the kernels are listed, too. Their time already counts for the operation that started them.
+    items = [item for item in (stepping or generating).key_averages()
+             if item.device_type == torch.autograd.DeviceType.CPU]
+    items = sorted(items, key=lambda item: -getattr(item, timed))
+    total = sum(getattr(item, timed) for item in items)
     return {"seconds": seconds,
-            "items": [[item.key, item.self_cpu_time_total / 1e6, item.self_cpu_time_total / total,
-                                           item.count] for item in items[:settings["items"]]]}
+            "items": [[item.key, getattr(item, timed) / 1e6, getattr(item, timed) / total, item.count]
+                      for item in items[:settings["items"]]]}
 
 
 def rate(settings):
     """GFLOP/s of products of settings["size"] x settings["size"] matrices, best of 10, by the faster of
-    torch's two ways.
+    torch's two ways; "copy": GB/s that a copy of a large tensor reads and writes.
     """
-    size, rates = settings["size"], {}
+    size, rates, device = settings["size"], {}, "cuda" if on_gpu() else "cpu"
     for name in ("float32", "bfloat16"):
-        a, b = torch.randn(2, size, size).to(getattr(torch, name))
+        a, b = torch.randn(2, size, size, device=device).to(getattr(torch, name))
         ways = [lambda: a @ b]
-        if torch.backends.mkldnn.is_available():        # the products of speed.use_onednn_for_float32
+        # the products of speed.use_onednn_for_float32
+        if torch.backends.mkldnn.is_available() and not on_gpu():
             ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
-        seconds = []
-        for way in ways * 10:
-            began = time.perf_counter()
-            way()
-            seconds.append(time.perf_counter() - began)
-        rates[name] = 2 * size ** 3 / min(seconds) / 1e9
+        rates[name] = 2 * size ** 3 / fastest(ways) / 1e9
+    count = settings.get("copied", 2 ** 30 if on_gpu() else 2 ** 28)       # far larger than any cache
+    source = torch.ones(count, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    rates["copy"] = 2 * source.nbytes / fastest([lambda: target.copy_(source)]) / 1e9
     return rates
+
+
+def fastest(ways):
+    """-> seconds of the fastest of 10 calls of each function."""
+    seconds = []
+    for way in ways * 10:
+        began = now()
+        way()
+        seconds.append(now() - began)
+    return min(seconds)
 
 
 # ---------------------------------------------------------------------------------------------- one lever off

@@ -1,4 +1,4 @@
-"""What a run of scripts/train.py starts from: its settings, its prompts, and the plan that it prints.
+"""What a run of scripts/train.py starts from: its settings and its prompts.
 
 Why: a wrong setting or prompt is refused at the start, and not after an hour, when it is first used.
 Tested by tests/test_train.py and tests/test_bad_input.py.
@@ -15,9 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from transformers import HfArgumentParser
-
-import distributed
-import reference
 
 # --------------------------------------------------------------------------------------- settings and prompts
 
@@ -168,53 +165,3 @@ def decode_responses(tokenizer, queries, responses):
     rows = [torch.cat([query, response.to(query.device)]) for query, response in zip(queries, responses)]
     texts, starts = (tokenizer.batch_decode(tokens, skip_special_tokens=True) for tokens in (rows, queries))
     return [text[len(start):] for text, start in zip(texts, starts)]
-
-
-# -------------------------------------------------------------------------------------------------- the plan
-
-
-def plan(config, accelerator, model, ref_model, logits_at_once):
-    """-> the text that main() prints before the first step: batches, parameters, memory and trainer.
-
-    logits_at_once: how many logits the fast trainer holds at most; None for the plain trainer, which holds
-    all logits of a mini-batch.
-    """
-    processes, stage = accelerator.num_processes, distributed.zero_stage(accelerator)
-    trained = sum(distributed.whole_numel(p) for p in model.parameters() if p.requires_grad)
-    frozen = sum(distributed.whole_numel(p) for p in model.parameters() if not p.requires_grad)
-    shared = reference.shared_bytes(model, ref_model)
-    added = sum(p.nbytes for p in ref_model.parameters()) - shared      # an int8 weight has 1 byte
-    if model.is_peft_model:         # the frozen model is the reference, too
-        shared = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    # ZeRO-1 divides the optimizer's state among the processes, 2 also the gradients, 3 also the weights.
-    divisor = {first: processes if stage >= first else 1 for first in (1, 2, 3)}
-    weights = (sum(p.nbytes for p in model.parameters()) + added) / divisor[3]
-    gradients = 4 * trained / divisor[2]
-    state = {"adam": 8, "lion": 4, "sgd": 0, "adam8bit": 2}[config.optimizer] * trained / divisor[1]
-    vocabulary = model.pretrained_model.get_output_embeddings().out_features
-    logits = logits_bytes(config, vocabulary, stage, logits_at_once)
-    gathers = " (ZeRO-3; a rollout gathers the weights)" if stage == 3 else ""
-    where = f" on each of {processes} processes" if processes > 1 else ""
-    trainer = ("plain: the code of ppo_core.py alone" if logits_at_once is None else
-               "fast: the same algorithm in less time and memory; --plain takes the plain one")
-    return "\n".join([
-        f"batch      {config.batch_size} responses a step{where}, {config.ppo_epochs} epochs of "
-        f"{config.batch_size // config.backward_batch_size} optimizer step(s), each over "
-        f"{config.gradient_accumulation_steps} mini-batch(es) of {config.mini_batch_size}; {config.steps} "
-        f"steps = {config.steps * config.batch_size * processes} responses",
-        f"parameters {trained / 1e6:.2f} M trained, {frozen / 1e6:.2f} M frozen; the reference shares "
-        f"{shared / 1e6:.1f} MB and adds {added / 1e6:.1f} MB",
-        f"memory     about {(weights + gradients + state + logits) / 1e6:.0f} MB{where} on "
-        f"{accelerator.device} beside activations and the reward model: weights {weights / 1e6:.0f}, "
-        f"gradients {gradients / 1e6:.0f}, optimizer {state / 1e6:.0f}, logits {logits / 1e6:.0f}{gathers}",
-        f"trainer    {trainer}"])
-
-
-def logits_bytes(config, vocabulary, stage, logits_at_once):
-    """-> most bytes of logits and of tensors of their shape that an update holds at once, all in float32."""
-    numbers = config.mini_batch_size * config.max_new_tokens * vocabulary
-    if logits_at_once is None:
-        return 4 * 4 * numbers      # the logits, their gradient, and two intermediate results of softmax
-    if stage < 3 and config.kl_penalty != "full":
-        numbers = min(numbers, logits_at_once)
-    return 2 * 4 * numbers          # the logits, and their probabilities, which the gradient overwrites

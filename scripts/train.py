@@ -53,7 +53,8 @@ from ppo_core import BadNumbers, PPOConfig, PPOTrainer, knob
 from report import token_numbers, write_report
 from run_checkpoints import refuse_damaged, restore, save, save_final
 from run_folder import Evaluation, RunFolder
-from run_inputs import check_settings, decode_responses, load_prompts, parse, plan, prompts_of_step
+from run_inputs import check_settings, decode_responses, load_prompts, parse, prompts_of_step
+from run_plan import plan
 
 ADAM_LEARNING_RATE = 4e-4       # for a few million parameters; a large model needs PPOConfig's 1.41e-5
 LORA_LEARNING_RATE = 4e-3       # adapters need about ten times as much
@@ -142,7 +143,7 @@ def main(arguments=None):
         train_prompts, eval_prompts = load_prompts(find(config.prompts), config, tokenizer,
                                                    accelerator.num_processes, model.config)
     # -------------------------------------------------------------------------------------------------- loop
-    run.say(plan(config, accelerator, model, ref_model, logits_at_once))
+    run.say(plan(config, accelerator, model, ref_model, logits_at_once, train_prompts))
     with phase("set-up of the trainer"):
         trainer = run.trainer = trainer_class(config, model, ref_model, tokenizer, optimizer=optimizer,
                                               lr_scheduler=lr_scheduler, accelerator=accelerator)

@@ -65,10 +65,13 @@ def test_useful_flops_of_a_case_counted_by_hand(shared, ragged, expected, monkey
 
 
 def test_the_shapes_are_those_of_the_models():
-    for name, model in (("gpt2", bench_worker.gpt2(-20.0)), ("smollm2", bench.smollm2_shape(layers=1))):
-        layers = model.transformer.h if name == "gpt2" else model.model.layers
+    with torch.device("meta"):
+        big = [("gpt2-124m", bench_worker.gpt2_124m()), ("llama-1.5b", bench.llama_shape(layers=1))]
+    for name, model in (("gpt2", bench_worker.gpt2(-20.0)), ("smollm2", bench.smollm2_shape(layers=1)), *big):
+        layers = model.transformer.h if "gpt2" in name else model.model.layers
         assert sum(p.numel() for p in layers[0].parameters() if p.ndim == 2) == bench.SHAPES[name][1]
-        assert model.lm_head.weight.numel() == bench.SHAPES[name][2] and (name != "gpt2" or len(layers) == bench.SHAPES[name][0])
+        assert model.lm_head.weight.numel() == bench.SHAPES[name][2] and ("gpt2" not in name or len(layers) == bench.SHAPES[name][0])
+        assert bench.KEYS[name] == (layers[0].attn.embed_dim if "gpt2" in name else layers[0].self_attn.k_proj.out_features)
 
 
 def made_up(workload, side, number, total, peak):
@@ -83,7 +86,7 @@ ABOUT = {"machine": "a machine", "threads": 2, "versions": {"plainppo": {"torch"
 
 
 def rows_of(table):
-    return [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line.startswith("| W")]
+    return [re.split(r" *\| *", line)[1:-1] for line in table.splitlines() if line.startswith(("| W", "| G"))]
 
 
 def test_the_table_says_what_was_reached(tmp_path, capsys):
@@ -126,6 +129,82 @@ def test_another_checkout_is_compared_by_ratios_of_medians(tmp_path):
         "2.00, 1000", "2.00, 700", "1.00 x (1.00 to 1.25)", "0.70 (0.70 to 0.70)"]
     assert list(bench.sides("W5", base="/other")) == ["fast", "base"]
     assert bench.sides("W5", base="/other")["base"]["root"] == "/other" and bench.sides("W5", base="/other")["base"]["bf16"]
+
+
+# ------------------------------------------------------------------------------------------- on a GPU
+
+
+def test_bytes_of_a_rollout_counted_by_hand(monkeypatch):
+    """2 rows of 3 prompt tokens and 4 new ones, 3 layers of 100 weights, lm_head of 1,000, keys of 10 numbers.
+
+    4 steps x 1,300 weights; the rows read keys and values of 3, 4, 5 and 6 tokens in 3 layers: 2 x 18 x 2 x 10 x 3."""
+    monkeypatch.setitem(bench.SHAPES, "tiny", (3, 100, 1000))
+    monkeypatch.setitem(bench.KEYS, "tiny", 10)
+    settings = {"model": "tiny", "batch_size": 2, "query": 3, "response": 4}
+    numbers = 4 * 1300 + 2 * 18 * 2 * 10 * 3
+    assert bench.bytes_read(settings, sampled=8) == 4 * numbers
+    assert bench.bytes_read({**settings, "bf16": True}, sampled=8) == 2 * numbers
+
+
+def test_the_share_of_the_memory_rate_decides_whether_generation_reached_its_aim(tmp_path, capsys):
+    """Made up as if measured on a GPU: G1's aims for time, memory and generation; W1 has to be twice as fast there."""
+    least = bench.bytes_read(bench.MIDDLE, 1000)
+    runs = [made_up("G1", "fast", 0, 2.0, 500e6), made_up("G1", "TRL", 0, 4.4, 1000e6), made_up("W1", "fast", 0, 2.0, 500e6),
+            made_up("W1", "TRL", 0, 3.9, 1000e6)]
+    about = {**ABOUT, "device": "cuda", "card": "A card, driver 1.2, 80 GB"}
+    for share, words in ((0.49, "generation no"), (0.51, "generation yes")):
+        rate = least / 0.5 / 1e9 / share            # generate() takes 0.5 s
+        results = bench.write_results(tmp_path, {**about, "copies, GB/s": rate}, runs, "gpu")
+        assert results["G1"]["fast"]["bandwidth"] == pytest.approx(share)
+        table = (tmp_path / "gpu.md").read_text()
+        rows = {row[0][:2]: row for row in reversed(rows_of(table)) if row[1] not in ("fast", "TRL")}
+        assert rows["G1"][-1] == f"time yes, memory yes, {words}" and rows["W1"][-2:] == ["2 x, 0.6", "time no, memory yes"]
+        assert "card: A card, driver 1.2, 80 GB; matrix products of 8,192 x 8,192" in table and f"{share:.0%}) |" in table
+    assert not (tmp_path / "results.md").exists()
+    assert [bench.target(name, "cuda") for name in ("W1", "W4", "G1", "G4")] == [2, 3, 2, 3] and bench.target("W1", "cpu") == 1.8
+    explained = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "profile_lines", lambda settings, device, part: explained.append((settings["model"], device, part)) or ["| a |"])
+        results["G1"]["fast"]["reached"]["generation"] = False
+        bench.explain_missed(tmp_path / "gpu.md", results)
+    assert explained == [("gpt2", "cuda", "step"), ("gpt2-124m", "cuda", "generate")]
+    assert "W1 missed its aim for time. Where the time of step() goes:" in (tmp_path / "gpu.md").read_text()
+
+
+def test_all_sides_of_a_gpu_workload_are_in_bf16():
+    assert {side: what["bf16"] for side, what in bench.sides("G1").items()} == {"fast": True, "plain": True, "TRL": True}
+    assert bench.sides("W5")["TRL"]["bf16"] is False and "TRL in bf16" in bench.sides("W5")
+
+
+def test_a_gpu_is_found_by_nvidia_smi_and_shown_to_the_workers_that_use_it(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 570.1, 81559 MiB'\necho 'another, 570.1, 1 MiB'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.card() is None             # conftest.py hides all GPUs
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert bench.card() == "NVIDIA H100 80GB HBM3, driver 570.1, 81559 MiB"
+    seen = []
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, env, **__: seen.append(env["CUDA_VISIBLE_DEVICES"])
+                        or subprocess.CompletedProcess([], 0, "{}", ""))
+    bench.worker("rate", {"device": "cuda"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    for device in ("cuda", "cpu"):
+        bench.worker("rate", {"device": device})
+    assert seen == ["0", "3", ""]
+    monkeypatch.setattr(bench.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 9, "no driver", ""))
+    assert bench.card() is None
+
+
+def test_the_rates_of_this_machine_are_measured_and_both_parts_can_be_profiled(tmp_path):
+    rates = bench_worker.rate({"size": 64, "copied": 2 ** 20})
+    assert set(rates) == {"float32", "bfloat16", "copy"} and all(math.isfinite(rate) and rate > 0 for rate in rates.values())
+    bench_worker.models({"folder": str(tmp_path), "names": ["gpt2"]})
+    for part, expected in (("step", "aten::_fused_adam_"), ("generate", "aten::multinomial")):
+        found = bench_worker.profile({**bench.sides("W1")["plain"], "batch_size": 4, "mini_batch_size": 4, "response": 5, "epochs": 1,
+                                      "model": str(tmp_path / "gpt2"), "items": 1000, "part": part})
+        names = {name for name, *_ in found["items"]}
+        assert expected in names and found["seconds"] > 0 and ("aten::_fused_adam_" in names) == (part == "step")
 
 
 # ---------------------------------------------------------------------------------------------- levers

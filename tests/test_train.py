@@ -43,7 +43,9 @@ def test_a_run_prints_a_plan_a_line_per_step_and_before_and_after(run):
     _, out = run
     lines = out.splitlines()
     assert lines[0].startswith("batch      8 responses a step, 1 epochs of 2 optimizer step(s)") and "= 16 responses" in lines[0]
-    assert lines[1].startswith("parameters 4.24 M trained, 0.00 M frozen") and lines[2].startswith("memory     about ")
+    assert lines[1].startswith("parameters 4.24 M trained, 0.00 M frozen") and re.match(
+        r"memory     about \d+ MB on cpu beside the reward model, and 430 of libraries: rollout \d+, update \d+; of these weights \d+, "
+        r"gradients 17, optimizer 34, activations \d+, logits \d+, cache \d+$", lines[2]), lines[2]
     steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == 2
     for word in ("score", "KL", "KL coef", "length", "tokens/s", "left"):
@@ -228,15 +230,7 @@ def test_a_thread_that_waits_does_not_take_the_processor_from_the_one_that_works
     assert done.stdout == "4000\n", done.stderr
 
 
-def test_the_plan_counts_the_logits_that_the_trainer_holds_at_once_and_says_which_trainer_runs(tmp_path, capsys):
-    config = train.RunConfig(mini_batch_size=16, batch_size=16, max_new_tokens=24)
-    whole, limit = 16 * 24 * 49152, 2 ** 24
-    assert run_inputs.logits_bytes(config, 49152, 0, None) == 16 * whole                # the plain trainer: four tensors
-    assert run_inputs.logits_bytes(config, 49152, 0, limit) == 8 * limit < 8 * whole    # the fast one: two, in chunks
-    assert run_inputs.logits_bytes(config, 49152, 3, limit) == 8 * whole                # under ZeRO-3 in one chunk
-    assert run_inputs.logits_bytes(config, 1000, 2, limit) == 8 * 16 * 24 * 1000        # less than a chunk
-    full = train.RunConfig(mini_batch_size=16, batch_size=16, max_new_tokens=24, kl_penalty="full")
-    assert run_inputs.logits_bytes(full, 49152, 0, limit) == 8 * whole                  # the exact KL needs all of them
+def test_the_plan_says_which_trainer_runs(tmp_path, capsys):
     for flags, words in (([], "trainer    fast: "), (["--plain"], "trainer    plain: ")):
         train.main([*SMALL, "--output_dir", str(tmp_path / f"run{len(flags)}"), *flags])
         assert words in capsys.readouterr().out
