@@ -85,8 +85,8 @@ test-long: $(STAMP)  ## DeepSpeed, the README's launches, kills, full disks, a s
 test-gpu: $(STAMP)  ## the tests that need a GPU, under 10 minutes; without one each is skipped and the reason printed
 	PLAINPPO_GPU_TESTS_ON=$${PLAINPPO_GPU_TESTS_ON:-cuda} $(BIN)/python -m pytest -q -rs -s --timeout 300 tests/test_gpu.py $(ARGS)
 
-assets: $(STAMP)  ## rebuild the committed models from the data; about an hour on 2 cores
-	$(BIN)/python scripts/make_assets.py $(ARGS)
+assets: $(STAMP)  ## rebuild the committed models from the data; some three hours on 2 cores
+	$(BIN)/python scripts/make_corpus.py && $(BIN)/python scripts/make_assets.py $(ARGS) && $(BIN)/python scripts/polish_writer.py
 
 clean:  ## remove .venv, .peer and the caches, not runs/
 	rm -rf .venv .peer .cache .pytest_cache */__pycache__ __pycache__

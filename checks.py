@@ -282,14 +282,13 @@ def refuse_gradients(trainer, index):
 def check_ratio(trainer, log_ratio, mask, first):
     """Before the first optimizer step the ratio must be 1: the same network computed both log-probs.
 
-    log_ratio, mask: (b, r). first: no weight has moved yet. In half precision a logit of 100 is rounded to
-    0.5, so there the mean over tokens is compared.
+    log_ratio, mask: (b, r). first: no weight has moved yet. In half precision, and in TF32, a logit of 100
+    is rounded to 0.5, so there the mean over tokens is compared.
     """
     if not first:
         return
-    half = any(p.dtype != torch.float32 for p in trainer.model.parameters())
-    half = half or trainer.accelerator.mixed_precision != "no"
-    half = half or torch.backends.cuda.matmul.fp32_precision == "tf32"      # a mantissa of 10 bits
+    half = (trainer.accelerator.mixed_precision != "no" or torch.backends.cuda.matmul.fp32_precision == "tf32"
+            or any(p.dtype != torch.float32 for p in trainer.model.parameters()))
     difference, tolerance = log_ratio.detach().abs(), 0.1 if half else 1e-3
     worst = float(difference.sum() / mask.sum().clamp(min=1) if half else difference.max())
     fine = worst <= tolerance or not math.isfinite(worst)       # check_update names what is not finite

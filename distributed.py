@@ -390,7 +390,8 @@ def first_not_finite(model):
             before = parameter.ds_zero_partition_rank * share.numel()
             parts[name] = share[:max(0, parameter.ds_numel - before)]
     # A sum is the fastest test, but may overflow without cause. Offload leaves only some shares on the GPU.
-    if torch.stack([part.sum().float().cpu() for part in parts.values()]).isfinite().all():
+    sums = [part.sum().float() for part in parts.values()]
+    if torch.stack([part.to(sums[0].device) for part in sums]).isfinite().all():
         return None
     return next((name for name, part in parts.items() if not part.isfinite().all()), None)
 

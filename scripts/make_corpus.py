@@ -1,18 +1,19 @@
 """Sentences of movie reviews, written by SmolLM2-135M for the small review writer to learn from.
 
-    python scripts/make_corpus.py --minutes 60      # goes on where it stopped
+    python scripts/make_corpus.py                       # goes on where it stopped
+    OMP_NUM_THREADS=1 python scripts/make_corpus.py --first 52          # beside it: one process per core
 
 Why: the 9,405 human sentences are 300,000 tokens, too few to learn English from. A model of 135 M parameters
 that did learn English reads them once, and then writes as many more as are wanted; a model of a few million
 parameters learns from both (Kim & Rush 2016, sequence-level distillation, arXiv 1606.07947; Eldan & Li 2023,
 TinyStories, arXiv 2305.07759).
-How: the teacher is trained on the human sentences for one epoch, which teaches it their style and where they
+How: the teacher is trained on TAUGHT human sentences, once each, which teaches it their style and where they
 end. It then continues their first words. Sentences are left out that are no plain English, that the teacher
 itself finds unlikely, that it wrote before, or that have WORDS words in a row from a human sentence. Nothing
 is learned or taken from the sentences that the models are tested on. Batch number n is drawn with seed n, so
-that the same batches come out in whatever pieces they are made.
-So far only fluency.py reads the result; make_assets.py still trains the writer on the human sentences alone.
-Tested by tests/test_fluency.py.
+that the same batches come out in whatever pieces they are made, on one machine.
+make_assets.py trains the writer on the result; the committed writer is still the one before, which learned
+from the human sentences alone. Tested by tests/test_fluency.py.
 """
 import argparse
 import json
@@ -28,6 +29,7 @@ from make_assets import (CACHE, CORPUS, HELD_OUT, SEED, fit, lm_loss, load_sente
                          read_corpus)
 
 TEACHER = CACHE / "review-teacher"
+TAUGHT = 4800           # sentences that the teacher is trained on
 ROWS = 512              # sentences of a batch
 TOKENS = 40             # at most, of a sentence
 TEMPERATURE, TOP_K = 0.8, 100
@@ -36,7 +38,7 @@ LIKELY = 3.2            # nats per token, at most, of a sentence that is kept
 
 
 def make_teacher():
-    """Train SmolLM2 on the human sentences for one epoch, into TEACHER. A sentence ends with a line end."""
+    """Train SmolLM2 on TAUGHT human sentences, once each, into TEACHER. A sentence ends with a line end."""
     if TEACHER.exists():
         return
     make_smollm2(CACHE / "smollm2-135m")
@@ -44,7 +46,7 @@ def make_teacher():
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     rows = [(tokenizer(text, add_special_tokens=False).input_ids + newline, rating)
             for text, rating in load_sentences()]
-    train, held_out = rows[:-HELD_OUT], rows[-HELD_OUT:]
+    train, held_out = rows[:-HELD_OUT][:TAUGHT], rows[-HELD_OUT:]
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(CACHE / "smollm2-135m", dtype=torch.float32)
 
@@ -53,9 +55,8 @@ def make_teacher():
         with torch.autocast("cpu", torch.bfloat16):
             return model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
 
-    before = lm_loss(model, held_out, 0)
-    after = fit(model, train, loss_of, lambda m: lm_loss(m, held_out, 0), epochs=1, lr=1e-4)
-    print(f"held-out loss of the teacher: {before:.3f} -> {after:.3f} nats per token", flush=True)
+    loss, = fit(model, train, loss_of, lambda m: lm_loss(m, held_out, 0), epochs=1, lr=3e-4)
+    print(f"held-out loss of the teacher: {loss:.3f} nats per token", flush=True)
     partial = TEACHER.with_suffix(".partial")
     model.bfloat16().save_pretrained(partial)
     tokenizer.save_pretrained(partial)
@@ -133,12 +134,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=math.inf, help="how long to write")
-    parser.add_argument("--batches", type=int, default=600, help="how many, of which some may be there")
+    parser.add_argument("--first", type=int, default=0, help="batch to begin with: for several processes")
+    parser.add_argument("--batches", type=int, default=105, help="how many, of which some may be there")
     arguments = parser.parse_args()
     make_teacher()
     CORPUS.mkdir(parents=True, exist_ok=True)
     writer, started = Writer(), time.monotonic()
-    for number in range(arguments.batches):
+    for number in range(arguments.first, arguments.first + arguments.batches):
         path, begun = CORPUS / f"{number:05d}.json", time.monotonic()
         if path.exists():
             continue

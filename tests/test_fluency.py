@@ -7,8 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fluency
+import make_assets
 import make_corpus
+import polish_writer
+from ppo_core import PPOConfig
 from run_folder import Evaluation
+from speed import FastPPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITER = ROOT / "assets" / "review-lm"
@@ -65,6 +69,50 @@ def test_unlikely_copied_and_repeated_sentences_are_left_out(writer):
     writer.human = make_corpus.runs_of_words(human)
     assert writer.keep([(good, 2.0), (good, 2.0), ("An odd and unlikely film about a family.", 9.0), (f"So {human}", 1.0)]) == [good]
     assert make_corpus.runs_of_words("A b c", 2) == {("a", "b"), ("b", "c")}
+
+
+def test_the_writer_learns_from_human_and_from_written_sentences(tmp_path, monkeypatch):
+    """The held-out sentences are words that no other sentence has, so only what was trained on becomes likely."""
+    monkeypatch.setattr(make_assets, "HELD_OUT", 8)
+    human = [(f"The {noun} is dull and the plot is thin.", 0.0) for noun in ("film", "movie") * 40]
+    written = [f"A {noun} of warm and funny people." for noun in ("story", "tale") * 40]
+    human[-8:], written[-8:] = [("Xylophones quiver.", 0.0)] * 8, ["Zebras gallop."] * 8
+    curve = make_assets.make_writer(human, written, tmp_path / "review-lm", 25)
+    assert len(curve) == 25 and len(curve[-1]) == 2
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "review-lm").float(), AutoTokenizer.from_pretrained(tmp_path / "review-lm")
+    losses = [make_assets.lm_loss(model, [(tokenizer(text).input_ids + [tokenizer.eos_token_id], None)], tokenizer.pad_token_id)
+              for text in (human[0][0], written[0], human[-1][0], written[-1])]
+    assert max(losses[:2]) < min(losses[2:]) - 2, losses
+    (tmp_path / "review-sentiment").mkdir()
+    make_assets.make_readmes(tmp_path, written, curve, 0.5)
+    assert f"| 25 | {curve[-1][0]:.3f} | {curve[-1][1]:.3f} |" in (tmp_path / "review-lm" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_writers_sentences_are_sorted_by_what_the_teacher_says_beside_the_writer(monkeypatch):
+    """Here the teacher is the writer itself with other weights."""
+    monkeypatch.setattr(polish_writer, "ROWS", 24)
+    monkeypatch.setattr(polish_writer, "BATCHES", 2)
+    texts = (ROOT / "assets" / "review-prompts.txt").read_text(encoding="utf-8").splitlines()
+    monkeypatch.setattr(polish_writer, "HELD_OUT", 200)
+    monkeypatch.setattr(polish_writer, "load_sentences", lambda: [(f"{text} and so on", 1.0) for text in texts])
+    tokenizer, teacher = AutoTokenizer.from_pretrained(WRITER), AutoModelForCausalLM.from_pretrained(WRITER, dtype=torch.float32).eval()
+    with torch.no_grad():
+        teacher.transformer.ln_f.weight.mul_(0.7)       # its distribution is flatter
+    writer = polish_writer.AutoModelForCausalLMWithValueHead.from_pretrained(WRITER)
+    trainer = FastPPOTrainer(PPOConfig(batch_size=24, mini_batch_size=24), writer, None, tokenizer)
+    found = polish_writer.write(trainer, tokenizer, teacher, tokenizer)
+    assert 5 < len(found) <= 48 and all(map(make_corpus.is_sentence, found))
+
+    def likelihood(model, ids):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        return float(logprobs.gather(-1, torch.tensor(ids[1:])[:, None]).sum())
+    same = 0
+    for text, gap in found.items():
+        ids = tokenizer(text).input_ids
+        by_hand = likelihood(teacher, tokenizer(text + "\n").input_ids) - likelihood(writer.pretrained_model, ids + [tokenizer.eos_token_id])
+        same += abs(by_hand / len(text) - gap) < 1e-4
+    assert same > 0.6 * len(found)          # the others would be cut into other tokens than they were written in
 
 
 def test_bits_per_character_are_those_of_the_response_alone():
