@@ -123,12 +123,15 @@ def test_a_script_imports_siblings_at_the_left_margin(script):
 
 
 def test_only_train_names_the_powers_that_can_be_taken_away():
-    """So that whoever deletes speed.py or checkpoint.py has one file to change; bench measures them and may name them.
+    """So that whoever deletes speed.py or checkpoint.py has one file to change.
+
+    The tools that measure them, and those that make the assets with them, are no part of training, and may name them.
 
     scripts/run_checkpoints.py is deleted together with checkpoint.py, and trl_names.py together with speed.py or adapters.py."""
     users = {power: sorted(path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "scripts")
                            for path in folder.glob("*.py") if power in {name for name, _, _ in imports_of(
-                               ast.parse(path.read_text(encoding="utf-8")))} and not path.stem.startswith("bench"))
+                               ast.parse(path.read_text(encoding="utf-8")))}
+                           and path.stem not in ("bench", "bench_worker", "make_assets", "polish_writer"))
              for power in POWERS}
     assert users == {**dict.fromkeys(POWERS, ["scripts/train.py", "trl_names.py"]),
                      "checkpoint": ["scripts/run_checkpoints.py", "scripts/train.py"]}

@@ -146,7 +146,7 @@ def copy_project(folder):
 
 
 def importers(folder, power):
-    """-> the files of the copy that still import the power or use its name; bench measures it and is no part of training."""
+    """-> the files of the copy that still import the power or use its name, but for the tools that are no part of training."""
     found, power = [], Path(power).name
     for path in [*folder.glob("*.py"), *folder.glob("scripts/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -155,7 +155,7 @@ def importers(folder, power):
             used = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == power
             if power in imported or used:
                 found.append(path.name)
-    return sorted(set(found) - {"bench.py", "bench_worker.py"})
+    return sorted(set(found) - {"bench.py", "bench_worker.py", "make_assets.py", "polish_writer.py"})
 
 
 def copy_without(power, folder):
