@@ -389,7 +389,7 @@ def first_not_finite(model):
             share = parameter.ds_tensor.detach()
             before = parameter.ds_zero_partition_rank * share.numel()
             parts[name] = share[:max(0, parameter.ds_numel - before)]
-    # A sum is the fastest test, but may overflow without cause.
+    # A sum is fastest, but may overflow without cause.
     # Offload leaves only some shares on the GPU.
     sums = [part.sum().float() for part in parts.values()]
     if torch.stack([part.to(sums[0].device) for part in sums]).isfinite().all():
