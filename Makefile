@@ -86,7 +86,7 @@ test-gpu: $(STAMP)  ## the tests that need a GPU, under 10 minutes; without one 
 	PLAINPPO_GPU_TESTS_ON=$${PLAINPPO_GPU_TESTS_ON:-cuda} $(BIN)/python -m pytest -q -rs -s --timeout 300 tests/test_gpu.py $(ARGS)
 
 assets: $(STAMP)  ## rebuild the committed models from the data; some three hours on 2 cores
-	$(BIN)/python scripts/make_corpus.py && $(BIN)/python scripts/make_assets.py $(ARGS) && $(BIN)/python scripts/polish_writer.py
+	$(BIN)/python scripts/make_corpus.py && $(BIN)/python scripts/make_assets.py && $(BIN)/python scripts/polish_writer.py
 
 clean:  ## remove .venv, .peer and the caches, not runs/
 	rm -rf .venv .peer .cache .pytest_cache */__pycache__ __pycache__
