@@ -205,24 +205,22 @@ def sharing_trainer(accelerator, layers, count, once):
 
 def smollm2_shape(layers):
     """-> a language model with random weights and the shape of SmolLM2-135M, `layers` deep (there: 30)."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
-        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=0))
+    return random_llama(layers, vocab_size=49152, hidden_size=576, intermediate_size=1536,
+                        num_attention_heads=9, num_key_value_heads=3)
 
 
 def llama_shape(layers):
     """-> the same for a Llama with the sizes of Qwen2.5-1.5B (there: 28 layers)."""
+    return random_llama(layers, vocab_size=151936, hidden_size=1536, intermediate_size=8960,
+                        num_attention_heads=12, num_key_value_heads=2)
+
+
+def random_llama(layers, **sizes):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=layers,
-        num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=0))
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, bos_token_id=0,
+                                        eos_token_id=0, **sizes))
 
 
 # ----------------------------------------------------------------------------------------- against TRL 0.11.4
