@@ -278,15 +278,20 @@ def make_judge(rows, tokenizer, folder, epochs):
     return accuracies[-1]
 
 
+def first_words(tokenizer, ids, count, least):
+    """-> how many of the first `count` tokens of a sentence are whole words; not below `least`."""
+    count = min(count, len(ids) - 1)
+    while count > least and not tokenizer.decode(ids[count:count + 1]).startswith(" "):
+        count -= 1
+    return count
+
+
 def make_prompts(rows, tokenizer, path):
     """The first 2-8 tokens of each held-out sentence, one per line, cut where a word ends."""
     rng, lines = random.Random(SEED), []
     for text, _ in rows[-HELD_OUT:]:
         ids = tokenizer(text).input_ids
-        n = min(rng.randint(2, 8), len(ids) - 1)
-        while n > 2 and not tokenizer.decode(ids[n:n + 1]).startswith(" "):
-            n -= 1
-        lines.append(tokenizer.decode(ids[:n]))
+        lines.append(tokenizer.decode(ids[:first_words(tokenizer, ids, rng.randint(2, 8), least=2)]))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -12,8 +12,7 @@ end. It then continues their first words. Sentences are left out that are no pla
 itself finds unlikely, that it wrote before, or that have WORDS words in a row from a human sentence. Nothing
 is learned or taken from the sentences that the models are tested on. Batch number n is drawn with seed n, so
 that the same batches come out in whatever pieces they are made, on one machine.
-make_assets.py trains the writer on the result; the committed writer is still the one before, which learned
-from the human sentences alone. Tested by tests/test_fluency.py.
+make_assets.py trains the writer on the result. Tested by tests/test_fluency.py.
 """
 import argparse
 import json

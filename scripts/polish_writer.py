@@ -1,13 +1,14 @@
 """The last part of `make assets`: the review writer learns from those of its own sentences that are good.
 
-    python scripts/polish_writer.py         # after make_corpus.py and make_assets.py; 15 minutes on 2 cores
+    python scripts/polish_writer.py         # after make_corpus.py and make_assets.py; 45 minutes on 2 cores
 
 Why: a small model that only reads good sentences still gives some probability to words that no good sentence
 has, and when it writes, one such word spoils the rest. So it has to learn from what it writes itself.
-How: the writer writes BATCHES x ROWS sentences. Writer and teacher both say how likely each one is. Those
-with the largest log p_teacher - log p_writer per character are kept: the teacher could have written them as
-well. To keep those that the teacher alone finds likely would keep stock phrases, which the writer finds
-likely, too. Then the writer is trained on the kept sentences and on as many of make_corpus.py's.
+How: in each of ROUNDS rounds the writer writes BATCHES x ROWS sentences. Writer and teacher both say how
+likely each one is. Those with the largest log p_teacher - log p_writer per character are kept: the teacher
+could have written them as well. To keep those that the teacher alone finds likely would keep stock phrases,
+which the writer finds likely, too. Then the writer is trained on the kept sentences and on as many of
+make_corpus.py's.
 Source: rejection sampling with the weights p_teacher / p_writer; the loop is RAFT's (Dong et al. 2023, arXiv
 2304.06767). On-policy distillation with a score for each word (Agarwal et al. 2023, arXiv 2306.13649) by PPO
 was tried, too: within 5 minutes the sentences became longer, and their grammar worse.
@@ -23,8 +24,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")     # see scripts/train.py
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from make_assets import (HELD_OUT, ROOT, SEED, fit_language_model, load_sentences, pad_right, read_corpus,
-                         save)
+from make_assets import (CORPUS, HELD_OUT, ROOT, first_words, fit_language_model, load_sentences, pad_right,
+                         read_corpus, save)
 from make_corpus import TEACHER, is_sentence
 
 import distributed
@@ -33,7 +34,8 @@ from ppo_core import PPOConfig
 from value_head import AutoModelForCausalLMWithValueHead
 
 WRITER = ROOT / "assets" / "review-lm"
-BATCHES, ROWS = 44, 512         # of sentences that the writer writes
+ROUNDS = 3
+BATCHES, ROWS = 44, 512         # of sentences that the writer writes in a round
 TOKENS = 40                     # at most, of a sentence
 KEPT = 0.25                     # of the different whole sentences
 
@@ -43,9 +45,7 @@ def openings(tokenizer, texts, rng):
     found = []
     while len(found) < ROWS:
         ids = tokenizer(rng.choice(texts)).input_ids
-        count = min(rng.randint(1, 8), len(ids) - 1)
-        while count > 1 and not tokenizer.decode(ids[count:count + 1]).startswith(" "):
-            count -= 1
+        count = first_words(tokenizer, ids, rng.randint(1, 8), least=1)
         found += [torch.tensor(ids[:count])] if count > 0 else []
     return found
 
@@ -63,9 +63,9 @@ def loglikelihoods(model, rows, pad_id):
     return [found[i] for i in range(len(rows))]
 
 
-def write(trainer, tokenizer, teacher, teacher_tokenizer):
+def write(trainer, tokenizer, teacher, teacher_tokenizer, rng):
     """-> {sentence: log p_teacher - log p_writer, per character}."""
-    texts, rng, found = [text for text, _ in load_sentences()[:-HELD_OUT]], random.Random(1), {}
+    texts, found = [text for text, _ in load_sentences()[:-HELD_OUT]], {}
     for batch in range(BATCHES):
         queries = openings(tokenizer, texts, rng)
         responses = trainer.generate(queries, batch_size=ROWS, return_prompt=False, max_new_tokens=TOKENS)
@@ -81,24 +81,28 @@ def write(trainer, tokenizer, teacher, teacher_tokenizer):
     return found
 
 
-def polish(folder, out, epochs, learning_rate):
-    """Train the writer in `folder` on the best of its own sentences, and save it in `out`."""
-    distributed.seed_everything(SEED)
+def polish(folder, out, number, epochs, learning_rate):
+    """Round `number`: train the writer in `folder` on the best of its own sentences, and save it in `out`."""
+    distributed.seed_everything(number)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, v_head_init_strategy="zero")
     trainer = speed.FastPPOTrainer(PPOConfig(batch_size=ROWS, mini_batch_size=64), model, None, tokenizer)
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16).eval()
-    found = write(trainer, tokenizer, teacher, AutoTokenizer.from_pretrained(TEACHER))
+    corpus, rng = read_corpus(), random.Random(number)
+    most = int(KEPT * BATCHES * ROWS)
+    if len(corpus) < most + HELD_OUT:
+        raise ValueError(f"{CORPUS} holds {len(corpus):,} sentences, and {most + HELD_OUT:,} are needed; "
+                         "run scripts/make_corpus.py first")
+    found = write(trainer, tokenizer, teacher, AutoTokenizer.from_pretrained(TEACHER), rng)
     best = sorted(found, key=found.get, reverse=True)[:int(KEPT * len(found))]
-    corpus = read_corpus()
-    others = random.Random(SEED).sample(corpus[:-HELD_OUT], len(best))
+    others = rng.sample(corpus[:-HELD_OUT], len(best))
     curve = fit_language_model(model.pretrained_model.train(), tokenizer, best + others, [corpus[-HELD_OUT:]],
                                epochs, learning_rate)
     save(model.pretrained_model.eval(), tokenizer, out)
     with open(Path(out) / "README.md", "a", encoding="utf-8") as card:
-        card.write(f"\nThen `scripts/polish_writer.py` trained it on {len(best):,} of {len(found):,} of its "
-                   "own sentences, those that SmolLM2 likes best beside it, and on as many of SmolLM2's. "
-                   f"Held-out loss on written sentences: {curve[-1][0]:.3f}.\n")
+        card.write(f"\nRound {number} of `scripts/polish_writer.py` trained it on {len(best):,} of "
+                   f"{len(found):,} of its own sentences, those that SmolLM2 likes best beside it, and on as "
+                   f"many of SmolLM2's. Held-out loss on written sentences: {curve[-1][0]:.3f}.\n")
 
 
 def main():
@@ -110,7 +114,10 @@ def main():
     parser.add_argument("--out", default=WRITER, help="folder of the result")
     arguments = parser.parse_args()
     speed.tune_cpu()
-    polish(arguments.writer, arguments.out, arguments.epochs, arguments.learning_rate)
+    writer = arguments.writer
+    for number in range(1, ROUNDS + 1):
+        polish(writer, arguments.out, number, arguments.epochs, arguments.learning_rate)
+        writer = arguments.out
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """scripts/make_corpus.py and scripts/fluency.py, with the committed models in place of SmolLM2, which no test may fetch."""
 import math
+import random
 from pathlib import Path
 
 import pytest
@@ -100,7 +101,7 @@ def test_the_writers_sentences_are_sorted_by_what_the_teacher_says_beside_the_wr
         teacher.transformer.ln_f.weight.mul_(0.7)       # its distribution is flatter
     writer = polish_writer.AutoModelForCausalLMWithValueHead.from_pretrained(WRITER)
     trainer = FastPPOTrainer(PPOConfig(batch_size=24, mini_batch_size=24), writer, None, tokenizer)
-    found = polish_writer.write(trainer, tokenizer, teacher, tokenizer)
+    found = polish_writer.write(trainer, tokenizer, teacher, tokenizer, random.Random(1))
     assert 5 < len(found) <= 48 and all(map(make_corpus.is_sentence, found))
 
     def likelihood(model, ids):
@@ -113,6 +114,29 @@ def test_the_writers_sentences_are_sorted_by_what_the_teacher_says_beside_the_wr
         by_hand = likelihood(teacher, tokenizer(text + "\n").input_ids) - likelihood(writer.pretrained_model, ids + [tokenizer.eos_token_id])
         same += abs(by_hand / len(text) - gap) < 1e-4
     assert same > 0.6 * len(found)          # the others would be cut into other tokens than they were written in
+
+
+def test_a_round_of_polishing_makes_the_best_of_the_writers_sentences_likelier(tmp_path, monkeypatch):
+    """The others do not become likelier. A corpus that is too small for a round is refused before the writing."""
+    found = {f"A warm and funny film about {noun}.": 1.0 for noun in ("love", "war", "a family", "two friends", "money")}
+    found.update({f"It is {word} of a plot without end." : 0.0 for word in ("much", "less", "quite", "all", "some") * 3})
+    corpus = ["The story is about a man and a woman."] * 20
+    for name, value in {"TEACHER": WRITER, "HELD_OUT": 4, "BATCHES": 1, "ROWS": 64, "KEPT": 0.5, "write": lambda *rest: found,
+                        "read_corpus": lambda: corpus}.items():
+        monkeypatch.setattr(polish_writer, name, value)
+    with pytest.raises(ValueError, match="holds 20 sentences, and 36 are needed; run scripts/make_corpus.py first"):
+        polish_writer.polish(WRITER, tmp_path, 1, 12, 5e-4)
+    corpus *= 2
+    polish_writer.polish(WRITER, tmp_path, 1, 12, 5e-4)
+    tokenizer, (before, after) = AutoTokenizer.from_pretrained(tmp_path), [
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (WRITER, tmp_path)]
+
+    def gain(text):
+        rows = [tokenizer(text).input_ids]
+        return (polish_writer.loglikelihoods(after, rows, 0)[0] - polish_writer.loglikelihoods(before, rows, 0)[0])
+    gains = {text: gain(text) for text in found}
+    assert min(gains[text] for text in found if found[text]) > max(gains[text] for text in found if not found[text]) + 1, gains
+    assert "Round 1 of `scripts/polish_writer.py` trained it on 5 of 10 of its own" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 def test_bits_per_character_are_those_of_the_response_alone():
