@@ -30,7 +30,7 @@ train: $(STAMP)  ## train the small review writer to be positive, on a CPU or on
 	$(BIN)/python scripts/train.py $(ARGS)
 
 train-smollm2: $(STAMP)  ## the same with SmolLM2-135M, 24 of its 30 layers shared
-	$(BIN)/python scripts/make_assets.py --smollm2 && $(BIN)/python scripts/train.py --model_name .cache/smollm2-135m --num_shared_layers 24 --batch_size 16 --steps 40 --learning_rate 3e-4 --eval_prompts 50 $(ARGS)
+	$(BIN)/python scripts/make_assets.py --smollm2 && $(BIN)/python scripts/train.py --model_name .cache/smollm2-135m --num_shared_layers 24 --batch_size 16 --steps 40 --ppo_epochs 2 --learning_rate 3e-4 --init_kl_coef 0.01 --eval_prompts 50 $(ARGS)
 
 LAUNCH = $(BIN)/accelerate launch --config_file scripts/accelerate_configs
 

@@ -143,7 +143,7 @@ def stages(arguments):
             cells = []
             for number, config in enumerate(WAYS.values()):
                 script = [str(ROOT / "scripts" / "train.py"), *flags, "--steps", str(arguments.steps),
-                          "--eval_prompts", "4", "--save_every", "0",
+                          "--eval_prompts", "4", "--save_every", "0", "--ppo_epochs", "2",
                           "--batch_size", str(sizes[config is not None])]
                 start = [sys.executable] if config is None else launcher(config)
                 summary, seconds = run([*start, *script], Path(temporary) / f"{len(model)}-{number}")

@@ -56,8 +56,8 @@ from run_folder import Evaluation, RunFolder
 from run_inputs import check_settings, decode_responses, load_prompts, parse, prompts_of_step
 from run_plan import plan
 
-ADAM_LEARNING_RATE = 4e-4       # for a few million parameters; a large model needs PPOConfig's 1.41e-5
-LORA_LEARNING_RATE = 4e-3       # adapters need about ten times as much
+ADAM_LEARNING_RATE = 1e-4       # for a few million parameters; a large model needs PPOConfig's 1.41e-5
+LORA_LEARNING_RATE = 1e-3       # adapters need about ten times as much
 
 
 @dataclass
@@ -72,10 +72,9 @@ class RunConfig(PPOConfig):
     mini_batch_size: Optional[int] = knob(
         None, "responses per forward and backward pass and process; default: the largest divisor of "
               "batch_size / gradient_accumulation_steps up to 32")
-    ppo_epochs: int = knob(2, "passes over each batch of responses")
     learning_rate: Optional[float] = knob(
         None, f"default: {ADAM_LEARNING_RATE}, {LORA_LEARNING_RATE} with --lora_r; for lion a third of these")
-    init_kl_coef: float = knob(0.01, "reward lost per nat of KL to the reference, at the start")
+    init_kl_coef: float = knob(0.015, "reward lost per nat of KL to the reference, at the start")
     # ---- settings of this script
     plain: bool = knob(False, "train with PPOTrainer of ppo_core.py instead of speed.FastPPOTrainer")
     steps: int = knob(60, "PPO steps; each is one batch of responses")

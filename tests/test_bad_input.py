@@ -173,7 +173,7 @@ def test_a_bad_batch_is_skipped_if_asked_for_and_the_run_goes_on(small, tmp_path
     assert [row["step"] for row in found] == [1, 2, 3, 4] and [row["ppo/bad_batch"] for row in found] == [0, 1, 0, 0]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["batches left out"] == 1
     assert [row.get("ppo/learning_rate") for row in found] == [row if row is None else pytest.approx(row) for row in (
-        4e-4, None, 2e-4, 4e-4 * (2 - 2 ** 0.5) / 4)]           # the schedule went on, and ends on time
+        1e-4, None, 5e-5, 1e-4 * (2 - 2 ** 0.5) / 4)]           # the schedule went on, and ends on time
     first, second = (load_file(tmp_path / "run" / "checkpoints" / f"step-00000{step}" / "model" / "model.safetensors") for step in (2, 4))
     assert not torch.equal(first["transformer.wte.weight"], second["transformer.wte.weight"])
 
@@ -514,7 +514,7 @@ def test_a_damaged_final_model_or_run_config_stops_a_run_before_it_begins(small,
     train.main(flags(small, tmp_path / "run", "--save_every", "1", steps=2))
     (tmp_path / "run" / "summary.json").unlink()
     config = (tmp_path / "run" / "config.json").read_text()
-    (tmp_path / "run" / "config.json").write_text(config.replace('"learning_rate": 0.0004', '"learning_rate": 0.0005'))
+    (tmp_path / "run" / "config.json").write_text(config.replace('"learning_rate": 0.0001', '"learning_rate": 0.0005'))
     with pytest.raises(ValueError, match="config.json is not what the run wrote: its SHA-256 differs"):
         train.main(["--resume", str(tmp_path / "run")])
     (tmp_path / "run" / "config.json").write_text(config)

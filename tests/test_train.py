@@ -112,7 +112,7 @@ def test_adapters_from_the_command_line(tmp_path, capsys):
     assert re.search(r"parameters 0\.0\d M trained, 4\.\d\d M frozen; the reference shares 1\d\.\d MB and adds 0\.0 MB", printed), printed
     assert {"adapter_config.json", "adapter_model.safetensors", "value_head.safetensors"} <= {path.name for path in (folder / "final").iterdir()}
     settings = json.loads((folder / "config.json").read_text())
-    assert settings["learning_rate"] == 4e-3
+    assert settings["learning_rate"] == 1e-3
     train.main(["--resume", str(folder)])
     for name, value in (("num_shared_layers", "2"), ("reference_bits", "8")):
         with pytest.raises(ValueError, match=f"lora_r is 2 and {name} is {value}, but with adapters the model itself is the reference"):
