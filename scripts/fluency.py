@@ -1,9 +1,11 @@
-"""How English the default policy writes, before and after PPO, by a model that had no part in either.
+"""How English the default policy writes, before and after PPO, by a language model that learned more.
 
     make fluency                                        # trains three seeds first, unless they are there
     python scripts/fluency.py runs/review-lm-1          # these runs of the default model instead
 
-The outside judge is SmolLM2-135M. A row of the table is made of the responses to the held-out prompts:
+The outside judge is SmolLM2-135M as it is published. A copy of it that was trained on reviews wrote what the
+policy learned from (make_corpus.py), so it may be kinder to this policy than to others.
+A row of the table is made of the responses to the held-out prompts:
 bits per character    -log2 of the probability that SmolLM2 gives to the response after its prompt, divided by
                       the characters of the response. Human sentences show what is good; a lower number than
                       theirs means more usual words, which alone is no virtue.
