@@ -57,6 +57,9 @@ def check_settings(config):
         if config.lora_r is not None and getattr(config, name) is not None:
             raise ValueError(f"lora_r is {config.lora_r} and {name} is {getattr(config, name)}, but with "
                              "adapters the model itself is the reference; leave one of them out")
+    if config.plain and config.compile_decoding:
+        raise ValueError("plain and compile_decoding are both given, but the plain trainer samples by "
+                         "transformers' generate; leave one of them out")
     if config.reference_bits is not None and config.num_shared_layers is not None:
         raise ValueError(
             f"reference_bits is {config.reference_bits} and num_shared_layers is {config.num_shared_layers}, "

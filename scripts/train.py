@@ -41,6 +41,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer
 
+import decoding
 import distributed
 import optim
 import reference
@@ -77,6 +78,7 @@ class RunConfig(PPOConfig):
     init_kl_coef: float = knob(0.015, "reward lost per nat of KL to the reference, at the start")
     # ---- settings of this script
     plain: bool = knob(False, "train with PPOTrainer of ppo_core.py instead of speed.FastPPOTrainer")
+    compile_decoding: bool = knob(False, "on a GPU: sample by one compiled step; for small models")
     steps: int = knob(60, "PPO steps; each is one batch of responses")
     output_dir: Optional[str] = knob(None, "folder for the run; default: runs/<model>-<first free number>")
     prompts: str = knob("assets/review-prompts.txt", "text file, one prompt per line")
@@ -120,7 +122,7 @@ def main(arguments=None):
     trainer_class, logits_at_once = PPOTrainer, None
     if not config.plain:
         speed.tune_cpu()
-        trainer_class, logits_at_once = speed.FastPPOTrainer, speed.LOGITS_AT_ONCE
+        trainer_class, logits_at_once = decoding.fast_trainer(config.compile_decoding), speed.LOGITS_AT_ONCE
     # ----------------------------------------------------------------------------------------------- machine
     accelerator = distributed.start(config.log_with, "runs", None, config.cpu, config.collective_timeout)
     run = RunFolder(config, accelerator)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # characters, where they had 150, what these files promise takes so many.
 CEILINGS = {"ppo_core.py": 765, "value_head.py": 295, "reference.py": 160, "rewards.py": 265, "optim.py": 170,
             "distributed.py": 465, "speed.py": 620, "checkpoint.py": 415, "checks.py": 630, "adapters.py": 245,
-            "trl_names.py": 435, "scripts/train.py": 271,
+            "trl_names.py": 435, "decoding.py": 162, "scripts/train.py": 273,
             "scripts/run_folder.py": 350, "scripts/report.py": 355, "scripts/run_health.py": 115, "scripts/run_inputs.py": 170, "scripts/run_plan.py": 270, "scripts/run_checkpoints.py": 80}
 CONCEPTS = ("ppo_core.py", "value_head.py", "reference.py", "rewards.py", "optim.py", "distributed.py")
 TOOLS = ("scripts/bench.py", "scripts/bench_worker.py", "scripts/make_assets.py", "scripts/make_corpus.py", "scripts/polish_writer.py",

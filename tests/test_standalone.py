@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAVES = ("value_head", "reference", "rewards", "optim", "distributed")
 CORE = (*LEAVES, "ppo_core")
 POWERS = ("checkpoint", "speed", "adapters")        # they stand on the core, and not on each other
-ABOVE = ("trl_names",)                      # stands on the core and on the powers
+ABOVE = ("trl_names", "decoding")           # these stand on the core and on the powers
 ALONE = (*LEAVES, "checks")                 # these import no sibling at all; checks is a power that the core calls
 MODULES = (*LEAVES, "checks", "ppo_core", *POWERS, *ABOVE)
 SIBLINGS = {path.stem for folder in (ROOT, ROOT / "scripts") for path in folder.glob("*.py")} | set(MODULES)
@@ -127,13 +127,15 @@ def test_only_train_names_the_powers_that_can_be_taken_away():
 
     The tools that measure them, and those that make the assets with them, are no part of training, and may name them.
 
-    scripts/run_checkpoints.py is deleted together with checkpoint.py, and trl_names.py together with speed.py or adapters.py."""
+    scripts/run_checkpoints.py is deleted together with checkpoint.py, and trl_names.py together with adapters.py,
+    decoding.py together with speed.py, whose line in trl_names.py is changed."""
     users = {power: sorted(path.relative_to(ROOT).as_posix() for folder in (ROOT, ROOT / "scripts")
                            for path in folder.glob("*.py") if power in {name for name, _, _ in imports_of(
                                ast.parse(path.read_text(encoding="utf-8")))}
                            and path.stem not in ("bench", "bench_worker", "make_assets", "polish_writer"))
              for power in POWERS}
     assert users == {**dict.fromkeys(POWERS, ["scripts/train.py", "trl_names.py"]),
+                     "speed": ["decoding.py", "scripts/train.py", "trl_names.py"],
                      "checkpoint": ["scripts/run_checkpoints.py", "scripts/train.py"]}
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-POWERS = ("speed", "checkpoint", "checks", "adapters", "scripts/report")
+POWERS = ("speed", "checkpoint", "checks", "adapters", "decoding", "scripts/report")
 SECTION = "Taking a power away"
 MOST_LINES = 10             # that a person changes to take one power away
 STEPS = 25
