@@ -57,6 +57,7 @@ class Run:
     processes: int = 1
     stage: int = 0              # of ZeRO
     gather: bool = True         # ZeRO-3: all weights are on each process during a rollout
+    compiled: bool = False      # decoding.py: the cache stays in memory; its rounding is left out
 
 
 def shape_of(model):
@@ -78,7 +79,7 @@ def needed(shape, run, weights=None, added=None, trained=None):
 
     weights, added: bytes of the policy, and those that the reference adds. trained: parameters. Default: all
     in float32, and what run.shared layers leave. "cache" is a part of the rollout, "activations" and "logits"
-    of the update.
+    of the update, or of both if decoding is compiled.
     """
     unshared = shape.parameters - shared_part(shape, run)
     weights = 4 * shape.parameters if weights is None else weights
@@ -100,8 +101,10 @@ def needed(shape, run, weights=None, added=None, trained=None):
     resident = parts["weights"] + parts["optimizer"] + rounded + (MESSAGES if run.stage else 0)
     if run.shared and run.fast:     # the output of the shared layers
         resident += 4 * run.batch * columns(run) * shape.width
+    if run.compiled:
+        resident += parts["cache"]
     # One token of each row: logits, probabilities, and in float64 the probabilities and their running sums.
-    rollout = resident + parts["cache"] + 28 * run.batch * shape.vocabulary
+    rollout = resident + (0 if run.compiled else parts["cache"]) + 28 * run.batch * shape.vocabulary
     if run.stage == 3 and run.gather:
         rollout += weights
     backward, end = backward_pass(shape, run, parts, 0 if trained < embedding / 4 else embedding)
@@ -221,7 +224,8 @@ def run_of(config, accelerator, fast, prompts):
                accumulation=config.gradient_accumulation_steps, shared=config.num_shared_layers or 0,
                checkpointing=config.gradient_checkpointing, full_kl=config.kl_penalty == "full",
                half=accelerator.mixed_precision in ("bf16", "fp16"), processes=accelerator.num_processes,
-               stage=distributed.zero_stage(accelerator), gather=config.ds3_gather_for_generation)
+               stage=distributed.zero_stage(accelerator), gather=config.ds3_gather_for_generation,
+               compiled=config.compile_decoding and accelerator.device.type == "cuda")
 
 
 # ------------------------------------------------------------------------------------ what fits, for the docs

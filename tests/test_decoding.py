@@ -14,11 +14,13 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 import decoding
 import speed
+import train
 from adapters import AutoModelForCausalLMWithValueHead as WithAdapters
 from adapters import lora_settings
 from decoding import CompiledPPOTrainer, StaticDecoder
 from speed import FastPPOTrainer
 from test_ppo_core import config, distance, seeded, sgd, tokenizer, weights      # noqa: F401 (seeded: a fixture)
+from test_train import SMALL, numbers
 from value_head import AutoModelForCausalLMWithValueHead
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,3 +274,27 @@ def test_numbers_that_are_not_finite_are_found_as_by_the_plain_loop():
         with torch.no_grad():
             trainer.language_model.pretrained_model.model.norm.weight[0] = 1.0
         assert sampled(trainer)[0]
+
+
+# ------------------------------------------------------------------------------------------------ from the command line
+
+
+def test_the_flag_runs_it_and_changes_no_number(tmp_path, monkeypatch, caplog):
+    """Where there is no GPU the run says so and goes on; with the step compiled it has the same statistics."""
+    for folder, flags in (("fast", []), ("plain loop", ["--compile_decoding"]), ("compiled", ["--compile_decoding"])):
+        if folder == "compiled":
+            assert "decoding is not compiled: the device is 'cpu'" in caplog.text and not compiled
+            monkeypatch.setattr(decoding, "CompiledPPOTrainer", Compiled)
+        train.main([*SMALL, "--output_dir", str(tmp_path / folder), *flags])
+    assert compiled
+    fast, plain_loop, ours = (numbers(tmp_path / folder) for folder in ("fast", "plain loop", "compiled"))
+    assert fast == plain_loop and len(fast) == len(ours) == 2
+    for one, other in zip(fast, ours):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert value == pytest.approx(other[name], abs=2e-5, rel=1e-4), name
+
+
+def test_the_plain_trainer_has_no_decoding_step_to_compile(tmp_path):
+    with pytest.raises(ValueError, match="plain and compile_decoding are both given"):
+        train.main([*SMALL, "--output_dir", str(tmp_path / "run"), "--plain", "--compile_decoding"])

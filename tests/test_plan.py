@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import distributed
 import optim
 import reference
+from decoding import CompiledPPOTrainer
 from ppo_core import PPOConfig, PPOTrainer
 from run_plan import Run, Shape, needed, shape_of
 from value_head import AutoModelForCausalLMWithValueHead
@@ -60,6 +61,8 @@ def measured(language_model, run):
     """Two rollouts and steps as `run` says. -> bytes of the second rollout and of the second step, at most; the Shape."""
     model = AutoModelForCausalLMWithValueHead.from_pretrained(language_model)
     shape, kind = shape_of(model), speed.FastPPOTrainer if run.fast else PPOTrainer
+    if run.compiled:
+        kind = type("Compiled", (CompiledPPOTrainer,), {"compiled_on": "cpu", "compile_settings": {"backend": "eager"}})
     config = PPOConfig(batch_size=run.batch, mini_batch_size=run.mini_batch, ppo_epochs=1, gradient_checkpointing=run.checkpointing,
                        gradient_accumulation_steps=run.accumulation)
     frozen = reference.create_reference_model(model, run.shared or None)
@@ -88,7 +91,8 @@ SMALL = Run(batch=4, mini_batch=1, query=8, response=16)
     ("gpt2", replace(W1, mini_batch=2, optimizer="adam8bit")), ("gpt2", replace(W1, batch=8, response=400)),
     ("llama", W1), ("llama", replace(W1, fast=False)), ("llama", replace(W1, shared=4, mini_batch=16)),
     ("llama", replace(SMALL, optimizer="sgd", accumulation=2)), ("untied", replace(SMALL, optimizer="lion")),
-    ("llama", replace(W1, accumulation=2)), ("llama", replace(W1, checkpointing=True, optimizer="lion", response=56))], ids=str)
+    ("llama", replace(W1, accumulation=2)), ("llama", replace(W1, checkpointing=True, optimizer="lion", response=56)),
+    ("gpt2", replace(W1, batch=8, mini_batch=1, response=400, compiled=True))], ids=str)
 def test_the_estimate_is_within_15_percent_of_the_peak_of_the_tensors(family, run):
     model = {"gpt2": lambda: bench_worker.gpt2(-20.0), "llama": llama, "untied": lambda: llama(tie_word_embeddings=False)}[family]()
     rollout, update, shape = measured(model, run)
