@@ -89,10 +89,10 @@ def gpt2(eos_logit):
 
 
 def trainer_class(settings):
-    """-> the trainer class that settings["trainer"] names, plain or fast, of the project in settings["root"].
+    """-> the trainer class that settings["trainer"] names, of the project in settings["root"].
 
-    The fast one comes with tune_cpu(), and with settings["without"] one lever of it is off. A checkout from
-    before speed.py has one trainer, which sets its process up itself, in distributed.start.
+    All but the plain one come with tune_cpu(). With settings["without"] one lever of the fast one is off. A
+    checkout from before speed.py has one trainer, which sets its process up itself, in distributed.start.
     """
     root = Path(settings.get("root", ROOT))
     sys.path.insert(0, str(root))
@@ -101,6 +101,9 @@ def trainer_class(settings):
         return ppo_core.PPOTrainer
     import speed
     chosen = speed.FastPPOTrainer
+    if settings.get("trainer") == "compiled":
+        import decoding
+        chosen = decoding.CompiledPPOTrainer
     if settings.get("without") is not None:
         chosen = switch_off(settings["without"], speed)
     speed.tune_cpu()
@@ -381,7 +384,7 @@ def main():
     tasks = {"models": models, "run": run, "profile": profile, "rate": rate}
     parser.add_argument("what", choices=list(tasks))
     parser.add_argument("settings", type=json.loads, help="a JSON object")
-    parser.add_argument("--trainer", choices=["plain", "fast"],
+    parser.add_argument("--trainer", choices=["plain", "fast", "compiled"],
                         help="of plainppo; default: settings, then fast")
     arguments = parser.parse_args()
     settings = arguments.settings

@@ -60,14 +60,11 @@ class Judge:
     def answer(self, prompts):
         """-> a sentence for each prompt, as SmolLM2 itself goes on."""
         torch.manual_seed(0)
-        answers = []
-        for prompt in prompts:
-            ids = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-            tokens = self.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
-                                         max_new_tokens=24, pad_token_id=0)
-            answer = self.tokenizer.decode(tokens[0, ids.shape[1]:], skip_special_tokens=True)
-            answers.append(answer.split("\n")[0])
-        return answers
+        coded = self.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt",
+                               add_special_tokens=False)
+        tokens = self.model.generate(**coded, do_sample=True, top_k=0, max_new_tokens=24, pad_token_id=0)
+        answers = self.tokenizer.batch_decode(tokens[:, coded.input_ids.shape[1]:], skip_special_tokens=True)
+        return [answer.split("\n")[0] for answer in answers]
 
 
 def training_text():

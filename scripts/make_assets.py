@@ -75,10 +75,14 @@ def load_sentences():
     return rows
 
 
-def read_corpus():
-    """-> list of different texts, in the order in which make_corpus.py wrote them."""
+def read_corpus(needed=0):
+    """-> list of different texts, in the order in which make_corpus.py wrote them; at least `needed`."""
     texts = [text for path in sorted(CORPUS.glob("*.json")) for text in json.loads(path.read_text("utf-8"))]
-    return list(dict.fromkeys(texts))
+    texts = list(dict.fromkeys(texts))
+    if len(texts) < needed:
+        sys.exit(f"{CORPUS} holds {len(texts):,} sentences, and {needed:,} are needed; run "
+                 "scripts/make_corpus.py first")
+    return texts
 
 
 def clean(text):
@@ -362,10 +366,7 @@ def main():
     if args.smollm2:
         return make_smollm2(CACHE / "smollm2-135m")
     writer, judge = args.out / "review-lm", args.out / "review-sentiment"
-    rows, written = load_sentences(), read_corpus()
-    if len(written) <= HELD_OUT:
-        sys.exit(f"{CORPUS} holds {len(written):,} sentences, and {HELD_OUT:,} of them are held out; "
-                 "run scripts/make_corpus.py first")
+    rows, written = load_sentences(), read_corpus(HELD_OUT + 1)
     print(f"{len(rows):,} human and {len(written):,} written sentences, {HELD_OUT:,} of each held out; "
           "writer:")
     curve = make_writer(rows, written, writer, args.lm_epochs)

@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")     # see scripts/train.py
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from make_assets import (CORPUS, HELD_OUT, ROOT, first_words, fit_language_model, load_sentences, pad_right,
+from make_assets import (HELD_OUT, ROOT, first_words, fit_language_model, load_sentences, pad_right,
                          read_corpus, save)
 from make_corpus import TEACHER, is_sentence
 
@@ -88,11 +88,7 @@ def polish(folder, out, number, epochs, learning_rate):
     model = AutoModelForCausalLMWithValueHead.from_pretrained(folder, v_head_init_strategy="zero")
     trainer = speed.FastPPOTrainer(PPOConfig(batch_size=ROWS, mini_batch_size=64), model, None, tokenizer)
     teacher = AutoModelForCausalLM.from_pretrained(TEACHER, dtype=torch.bfloat16).eval()
-    corpus, rng = read_corpus(), random.Random(number)
-    most = int(KEPT * BATCHES * ROWS)
-    if len(corpus) < most + HELD_OUT:
-        raise ValueError(f"{CORPUS} holds {len(corpus):,} sentences, and {most + HELD_OUT:,} are needed; "
-                         "run scripts/make_corpus.py first")
+    corpus, rng = read_corpus(int(KEPT * BATCHES * ROWS) + HELD_OUT), random.Random(number)
     found = write(trainer, tokenizer, teacher, AutoTokenizer.from_pretrained(TEACHER), rng)
     best = sorted(found, key=found.get, reverse=True)[:int(KEPT * len(found))]
     others = rng.sample(corpus[:-HELD_OUT], len(best))

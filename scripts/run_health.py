@@ -16,7 +16,8 @@ RANGES = (
      "top_p or other temperature."),
     ("ppo/val/var_explained", "last", 0, math.inf,
      "The explained variance ended at {:.2f}, below 0: the values predict the returns worse than one "
-     "constant would. Raise vf_coef or value_learning_rate, or train longer."),
+     "constant would. Usual where the scores rise fast or hardly differ any more; elsewhere raise vf_coef or "
+     "value_learning_rate, or train longer."),
     ("ppo/policy/clipfrac", "largest", 0, 0.5,
      "The clip fraction reached {:.2f}, above 0.5: most tokens had moved as far as a step may. Lower "
      "learning_rate or ppo_epochs."),

@@ -160,6 +160,12 @@ def test_the_share_of_the_memory_rate_decides_whether_generation_reached_its_aim
         rows = {row[0][:2]: row for row in reversed(rows_of(table)) if row[1] not in ("fast", "TRL")}
         assert rows["G1"][-1] == f"time yes, memory yes, {words}" and rows["W1"][-2:] == ["2 x, 0.6", "time no, memory yes"]
         assert "card: A card, driver 1.2, 80 GB; matrix products of 8,192 x 8,192" in table and f"{share:.0%}) |" in table
+    runs.append(made_up("G1", "compiled", 0, 2.0, 500e6))
+    for row in runs[-1]["rows"]:
+        row["generate"] = 0.1
+    faster = bench.write_results(tmp_path, {**about, "copies, GB/s": least / 0.5 / 1e9 / 0.49}, runs, "gpu")["G1"]
+    assert faster["fast"]["bandwidth"] < 0.5 < faster["compiled"]["bandwidth"] and faster["fast"]["reached"]["generation"]
+    assert faster["compiled"]["against"]["TRL"]["times faster"] > faster["fast"]["against"]["TRL"]["times faster"]
     assert not (tmp_path / "results.md").exists()
     assert [bench.target(name, "cuda") for name in ("W1", "W4", "G1", "G4")] == [2, 3, 2, 3] and bench.target("W1", "cpu") == 1.8
     explained = []
@@ -172,7 +178,12 @@ def test_the_share_of_the_memory_rate_decides_whether_generation_reached_its_aim
 
 
 def test_all_sides_of_a_gpu_workload_are_in_bf16():
-    assert {side: what["bf16"] for side, what in bench.sides("G1").items()} == {"fast": True, "plain": True, "TRL": True}
+    assert {side: what["bf16"] for side, what in bench.sides("G1").items()} == {"fast": True, "plain": True, "compiled": True, "TRL": True}
+    assert "compiled" not in {**bench.sides("G2"), **bench.sides("W1")}, "with shared layers, or without a GPU, nothing is compiled"
+    code = "import json, bench_worker; print(bench_worker.trainer_class(json.loads(input())).__name__)"
+    for trainer, name in (("fast", "FastPPOTrainer"), ("compiled", "CompiledPPOTrainer"), ("plain", "PPOTrainer")):
+        done = subprocess.run([sys.executable, "-c", code], cwd=bench.ROOT / "scripts", input=json.dumps({"trainer": trainer}), capture_output=True, text=True)
+        assert done.stdout == name + "\n", done.stderr[-1000:]
     assert bench.sides("W5")["TRL"]["bf16"] is False and "TRL in bf16" in bench.sides("W5")
 
 

@@ -1,4 +1,5 @@
 """scripts/make_corpus.py and scripts/fluency.py, with the committed models in place of SmolLM2, which no test may fetch."""
+import json
 import math
 import random
 from pathlib import Path
@@ -55,6 +56,24 @@ def test_a_batch_is_the_same_whenever_it_is_written(writer):
 
 def test_the_sentences_of_the_tests_are_not_used(writer):
     assert len(writer.texts) == len((ROOT / "assets" / "review-prompts.txt").read_text(encoding="utf-8").splitlines()) - 200
+
+
+def test_the_first_words_of_a_sentence_are_whole():
+    tokenizer = AutoTokenizer.from_pretrained(WRITER)
+    text = "A xylophone quivers, unforgettably."
+    ids = tokenizer(text).input_ids
+    found = {tokenizer.decode(ids[:make_assets.first_words(tokenizer, ids, count, least=1)]) for count in range(1, len(ids) + 3)}
+    assert found == {"A", "A xylophone", "A xylophone quivers,"}
+    assert make_assets.first_words(tokenizer, ids, 4, least=4) == 4, "a prompt has at least so many, whole or not"
+
+
+def test_the_outside_judge_answers_each_prompt_whatever_stands_beside_it(monkeypatch):
+    """With the likeliest token in place of a drawn one, a shorter prompt is padded and still has the answer that it has alone."""
+    judge, prompts = fluency.Judge(WRITER), ["The plot is", "A", "This is a film that never"]
+    assert judge.answer(prompts) == judge.answer(prompts)
+    monkeypatch.setattr(torch, "multinomial", lambda probabilities, num_samples: probabilities.argmax(-1, keepdim=True))
+    answers = judge.answer(prompts)
+    assert len(set(answers)) == 3 and answers == [judge.answer([prompt])[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("text, good", [
@@ -120,13 +139,14 @@ def test_a_round_of_polishing_makes_the_best_of_the_writers_sentences_likelier(t
     """The others do not become likelier. A corpus that is too small for a round is refused before the writing."""
     found = {f"A warm and funny film about {noun}.": 1.0 for noun in ("love", "war", "a family", "two friends", "money")}
     found.update({f"It is {word} of a plot without end." : 0.0 for word in ("much", "less", "quite", "all", "some") * 3})
-    corpus = ["The story is about a man and a woman."] * 20
-    for name, value in {"TEACHER": WRITER, "HELD_OUT": 4, "BATCHES": 1, "ROWS": 64, "KEPT": 0.5, "write": lambda *rest: found,
-                        "read_corpus": lambda: corpus}.items():
+    corpus = [f"The story is about {number} men and a woman." for number in range(40)]
+    monkeypatch.setattr(make_assets, "CORPUS", tmp_path)
+    for name, value in {"TEACHER": WRITER, "HELD_OUT": 4, "BATCHES": 1, "ROWS": 64, "KEPT": 0.5, "write": lambda *rest: found}.items():
         monkeypatch.setattr(polish_writer, name, value)
-    with pytest.raises(ValueError, match="holds 20 sentences, and 36 are needed; run scripts/make_corpus.py first"):
+    (tmp_path / "00000.json").write_text(json.dumps(corpus[:20]))
+    with pytest.raises(SystemExit, match="holds 20 sentences, and 36 are needed; run scripts/make_corpus.py first"):
         polish_writer.polish(WRITER, tmp_path, 1, 12, 5e-4)
-    corpus *= 2
+    (tmp_path / "00001.json").write_text(json.dumps(corpus))
     polish_writer.polish(WRITER, tmp_path, 1, 12, 5e-4)
     tokenizer, (before, after) = AutoTokenizer.from_pretrained(tmp_path), [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (WRITER, tmp_path)]
