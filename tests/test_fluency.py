@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.logits_process import EpsilonLogitsWarper
 
 import fluency
 import make_assets
 import make_corpus
 import polish_writer
-from ppo_core import PPOConfig
 from run_folder import Evaluation
-from speed import FastPPOTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 WRITER = ROOT / "assets" / "review-lm"
@@ -108,46 +107,52 @@ def test_the_writer_learns_from_human_and_from_written_sentences(tmp_path, monke
     assert f"| 25 | {curve[-1][0]:.3f} | {curve[-1][1]:.3f} |" in (tmp_path / "review-lm" / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_writers_sentences_are_sorted_by_what_the_teacher_says_beside_the_writer(monkeypatch):
-    """Here the teacher is the writer itself with other weights."""
-    monkeypatch.setattr(polish_writer, "ROWS", 24)
-    monkeypatch.setattr(polish_writer, "BATCHES", 2)
+@pytest.fixture
+def small_round(monkeypatch):
     texts = (ROOT / "assets" / "review-prompts.txt").read_text(encoding="utf-8").splitlines()
-    monkeypatch.setattr(polish_writer, "HELD_OUT", 200)
-    monkeypatch.setattr(polish_writer, "load_sentences", lambda: [(f"{text} and so on", 1.0) for text in texts])
-    tokenizer, teacher = AutoTokenizer.from_pretrained(WRITER), AutoModelForCausalLM.from_pretrained(WRITER, dtype=torch.float32).eval()
+    for name, value in {"ROWS": 24, "BATCHES": 2, "HELD_OUT": 200, "TEACHER": WRITER,
+                        "load_sentences": lambda: [(f"{text} and so on", 1.0) for text in texts]}.items():
+        monkeypatch.setattr(polish_writer, name, value)
+
+
+def test_the_writers_sentences_are_weighed_by_what_the_teacher_says_beside_the_writer(small_round):
+    """Here the teacher is the writer itself with other weights."""
+    tokenizer = AutoTokenizer.from_pretrained(WRITER)
+    writer, teacher = (AutoModelForCausalLM.from_pretrained(WRITER, dtype=torch.float32).eval() for _ in range(2))
     with torch.no_grad():
         teacher.transformer.ln_f.weight.mul_(0.7)       # its distribution is flatter
-    writer = polish_writer.AutoModelForCausalLMWithValueHead.from_pretrained(WRITER)
-    trainer = FastPPOTrainer(PPOConfig(batch_size=24, mini_batch_size=24), writer, None, tokenizer)
-    found = polish_writer.write(trainer, tokenizer, teacher, tokenizer, random.Random(1))
+    torch.manual_seed(0)
+    found = polish_writer.write(writer, tokenizer, teacher, tokenizer, random.Random(1))
     assert 5 < len(found) <= 48 and all(map(make_corpus.is_sentence, found))
 
     def likelihood(model, ids):
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         return float(logprobs.gather(-1, torch.tensor(ids[1:])[:, None]).sum())
-    same = 0
     for text, gap in found.items():
-        ids = tokenizer(text).input_ids
-        by_hand = likelihood(teacher, tokenizer(text + "\n").input_ids) - likelihood(writer.pretrained_model, ids + [tokenizer.eos_token_id])
-        same += abs(by_hand / len(text) - gap) < 1e-4
-    assert same > 0.6 * len(found)          # the others would be cut into other tokens than they were written in
+        by_hand = likelihood(teacher, tokenizer(text + "\n").input_ids) - likelihood(writer, tokenizer(text).input_ids + [tokenizer.eos_token_id])
+        assert by_hand / len(text) == pytest.approx(gap, abs=1e-4)
 
 
-def test_a_round_of_polishing_makes_the_best_of_the_writers_sentences_likelier(tmp_path, monkeypatch):
-    """The others do not become likelier. A corpus that is too small for a round is refused before the writing."""
+def test_what_the_writer_writes_with_is_transformers_epsilon_sampling():
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(5, 300)
+    logits[0] = 0.0                 # each has 1 / 300, more than CUT
+    logits[1, 7] = 50.0             # one alone
+    ours = polish_writer.written_with(logits)
+    warped = EpsilonLogitsWarper(polish_writer.CUT)(None, logits / polish_writer.TEMPERATURE).softmax(-1)
+    torch.testing.assert_close(ours, warped)
+    assert (ours > 0).sum(-1)[:2].tolist() == [300, 1] and 1 < (ours[2] > 0).sum() < 300
+    flat = polish_writer.written_with(torch.zeros(1, 2000))     # all are below CUT: the likeliest stay
+    torch.testing.assert_close(flat, torch.full((1, 2000), 1 / 2000))
+
+
+def test_a_round_of_polishing_prefers_the_best_sentences_and_drops_unlikely_words(small_round, tmp_path, monkeypatch):
     found = {f"A warm and funny film about {noun}.": 1.0 for noun in ("love", "war", "a family", "two friends", "money")}
-    found.update({f"It is {word} of a plot without end." : 0.0 for word in ("much", "less", "quite", "all", "some") * 3})
-    corpus = [f"The story is about {number} men and a woman." for number in range(40)]
-    monkeypatch.setattr(make_assets, "CORPUS", tmp_path)
-    for name, value in {"TEACHER": WRITER, "HELD_OUT": 4, "BATCHES": 1, "ROWS": 64, "KEPT": 0.5, "write": lambda *rest: found}.items():
-        monkeypatch.setattr(polish_writer, name, value)
-    (tmp_path / "00000.json").write_text(json.dumps(corpus[:20]))
-    with pytest.raises(SystemExit, match="holds 20 sentences, and 36 are needed; run scripts/make_corpus.py first"):
-        polish_writer.polish(WRITER, tmp_path, 1, 12, 5e-4)
-    (tmp_path / "00001.json").write_text(json.dumps(corpus))
-    polish_writer.polish(WRITER, tmp_path, 1, 12, 5e-4)
+    found.update({f"It is {word} of a plot without end.": 0.0 for word in ("much", "less", "quite", "all", "some", "none", "a lot", "most")})
+    monkeypatch.setattr(polish_writer, "write", lambda *rest: found)
+    monkeypatch.setattr(polish_writer, "KEPT", 5 / 13)
+    polish_writer.polish(WRITER, tmp_path, 1, 40, 4e-3)
     tokenizer, (before, after) = AutoTokenizer.from_pretrained(tmp_path), [
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (WRITER, tmp_path)]
 
@@ -156,7 +161,22 @@ def test_a_round_of_polishing_makes_the_best_of_the_writers_sentences_likelier(t
         return (polish_writer.loglikelihoods(after, rows, 0)[0] - polish_writer.loglikelihoods(before, rows, 0)[0])
     gains = {text: gain(text) for text in found}
     assert min(gains[text] for text in found if found[text]) > max(gains[text] for text in found if not found[text]) + 1, gains
-    assert "Round 1 of `scripts/polish_writer.py` trained it on 5 of 10 of its own" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    for text in ("It is much of a plot without end.", "A warm and funny film about love."):
+        ids = torch.tensor([tokenizer(text).input_ids + [tokenizer.eos_token_id]])
+        with torch.no_grad():
+            old, new = (model(ids).logits.softmax(-1) for model in (before, after))
+        tail = polish_writer.written_with(old.log()) == 0
+        assert (new * tail)[:, :-1].sum() < 0.7 * (old * tail)[:, :-1].sum(), "the words that it did not write with have become rarer"
+        assert new[0, -1, tokenizer.pad_token_id] < 0.01, "padding is not learned"
+    assert "Round 1 of `scripts/polish_writer.py` trained it on 10 of 13 of its own" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_corpus_that_is_too_small_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_assets, "CORPUS", tmp_path)
+    (tmp_path / "00000.json").write_text(json.dumps([f"Sentence {number}." for number in range(20)]))
+    assert len(make_assets.read_corpus(20)) == 20
+    with pytest.raises(SystemExit, match="holds 20 sentences, and 36 are needed; run scripts/make_corpus.py first"):
+        make_assets.read_corpus(36)
 
 
 def test_the_reward_model_is_compared_with_the_labels_that_are_clear(tmp_path, monkeypatch):
