@@ -3,7 +3,7 @@
     python scripts/polish_writer.py         # after make_corpus.py and make_assets.py; half an hour on 2 cores
 
 Why: a small model that only reads good sentences still gives some probability to words that no good sentence
-has: a hundredth or less to each, but there are thousands of them. One such word spoils the rest. Samplers
+has: less than a thousandth to each, but there are thousands of them. One such word spoils the rest. Samplers
 usually leave them out (epsilon sampling, Hewitt et al. 2022, arXiv 2210.15191). PPO cannot: it must sample
 from the distribution that it trains. So the writer itself has to learn it, and from what it writes itself.
 How: in each of ROUNDS rounds the writer writes BATCHES x ROWS sentences, without the words below CUT, and a
