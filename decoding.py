@@ -5,6 +5,7 @@ to run them. A CUDA graph launches all of them at once, but only for shapes and 
 hence a cache of fixed size. All other code of the sampler is that of speed.py, and it draws the same tokens.
 What it costs: the first rollout of each shape waits for the compiler, and the cache stays in memory. Under
 bf16 autocast the weights are converted again for each token, so there is less to gain.
+Source: a fixed cache and one compiled step, as in gpt-fast (Accelerating Generative AI II, PyTorch 2023).
 
 Differs from FastPPOTrainer in: rows that have ended are computed to the end of the batch, though they leave
 the sampler as before; the order in which numbers are added. No GPU was at hand to measure what it saves.

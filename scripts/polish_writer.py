@@ -17,6 +17,7 @@ Source: rejection sampling with the weights p_teacher / p_writer, in the loop of
 The teacher is make_corpus.py's, not the model that fluency.py judges with. Tested by tests/test_fluency.py.
 """
 import argparse
+import copy
 import os
 import random
 from pathlib import Path
@@ -101,7 +102,8 @@ def polish(folder, out, number, epochs, learning_rate):
     """Round `number`: train the writer in `folder` on its own sentences, and save it in `out`."""
     distributed.seed_everything(number)
     tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(number)
-    before, model = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in "12")
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = copy.deepcopy(before)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0                  # soft targets need no noise
